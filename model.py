@@ -1,0 +1,647 @@
+"""The transformer of Llama and Mistral, and Hugging Face checkpoints in and out.
+
+    model = load_model("path/to/checkpoint")            # config.json and *.safetensors
+    logits = model(tokens)                              # [B, T] right-padded ids -> [B, T, V]
+    logp = model(pack.tokens, pack)                     # a row of packed pairs -> log p [R] of its response tokens
+
+Parameter names are the checkpoint's names, so loading is a copy. The model knows nothing of pairs, losses or
+process groups: sharding is applied from outside, and a pack is any named tuple with the fields of data.Pack.
+
+Letters: B rows, T tokens of a row, N tokens of a packed row (B = 1), S segments, M keys of all segments,
+R response tokens, C model size, H heads, K key-value heads, D head size, V vocabulary.
+"""
+
+import json
+import math
+import os
+import shutil
+import stat
+from dataclasses import dataclass, fields
+from inspect import signature
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.attention import varlen
+from torch.utils.checkpoint import checkpoint
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that cannot be used: one line that names the file or the tensor, and the mend."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of config.json that change what the model computes, under their Hugging Face names."""
+    architecture: str               # LlamaForCausalLM or MistralForCausalLM
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int    # what the checkpoint was trained for, in tokens; longer input is the caller's risk
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict              # {"rope_type": "default" | "linear" | "llama3", and its numbers}
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None      # Mistral v0.1: a token sees this many keys, itself among them
+
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def read_config(directory):
+    """Read DIRECTORY/config.json -> Config. Both spellings of RoPE are read: `rope_theta` + `rope_scaling`, and
+    transformers 5's `rope_parameters`. Raises BadCheckpoint for what this model does not compute."""
+    path = os.path.join(directory, "config.json")
+    return parse_config(_read_json(path), path)
+
+
+def parse_config(raw, path="config.json"):
+    """A config.json's object -> Config; `path` names it in errors."""
+
+    def bad(what):
+        return BadCheckpoint(f"{path}: {what}")
+
+    def number(name, default=None, kind=int, source=raw):
+        value = source.get(name)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise bad(f"the field {name} is missing")
+        fits = isinstance(value, int) if kind is int else isinstance(value, (int, float))
+        if not fits or isinstance(value, bool) or not (0 < value < (1 << 31 if kind is int else math.inf)):
+            raise bad(f"{name} is {value!r:.60}, where a positive {'whole ' if kind is int else ''}number is expected")
+        return value
+
+    def flag(name):
+        value = raw.get(name)
+        if value not in (None, True, False):
+            raise bad(f"{name} is {value!r:.60}, where true or false is expected")
+        return bool(value)
+
+    names = raw.get("architectures")
+    if not (isinstance(names, list) and names and names[0] in ARCHITECTURES):
+        raise bad(f"the architecture {names!r:.80} is not supported; supported are {' and '.join(ARCHITECTURES)}")
+    if raw.get("quantization_config") is not None:
+        raise bad("the checkpoint is quantised, which is not supported; use the original float weights")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise bad(f"hidden_act is {raw['hidden_act']!r:.60}; only silu is supported")
+
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise bad("rope_parameters or rope_scaling is no object")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in ROPE_NUMBERS:
+        raise bad(f"the rope type {rope_type!r:.60} is not supported; supported are {', '.join(ROPE_NUMBERS)}")
+    if (raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise bad("partial_rotary_factor other than 1 is not supported")
+    theta = number("rope_theta", 10000.0, float, rope if rope.get("rope_theta") is not None else raw)
+    scaling = {"rope_type": rope_type} | {n: number(n, kind=float, source=rope) for n in ROPE_NUMBERS[rope_type]}
+    if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise bad("high_freq_factor must be greater than low_freq_factor")
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    kv_heads = number("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise bad(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if raw.get("head_dim") is None and hidden % heads:
+        raise bad(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
+    head_dim = number("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise bad(f"head_dim is {head_dim}; RoPE turns pairs, so it must be even")
+    window = None
+    if names[0] == "MistralForCausalLM" and raw.get("sliding_window", 4096) is not None:
+        window = number("sliding_window", 4096)
+    return Config(
+        architecture=names[0], vocab_size=number("vocab_size"), hidden_size=hidden,
+        intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        max_position_embeddings=number("max_position_embeddings", 2048),
+        rms_norm_eps=number("rms_norm_eps", 1e-6, float), rope_theta=theta, rope_scaling=scaling,
+        tie_word_embeddings=flag("tie_word_embeddings"), attention_bias=flag("attention_bias"),
+        mlp_bias=flag("mlp_bias"), sliding_window=window)
+
+
+# ------------------------------------------------------------------------------------------------ transformer
+
+def rope_frequencies(config, device=None):
+    """RoPE's angle per position for each of the D/2 pairs, float32 [D/2] (Su et al. 2021). `linear` divides all by
+    the factor; `llama3` divides the slow ones, keeps the fast ones and blends between (Llama 3.1)."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta ** pairs
+    scaling = config.rope_scaling
+    if scaling["rope_type"] == "linear":
+        inv_freq = inv_freq / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # in the original context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        fast = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = fast * inv_freq + (1 - fast) * inv_freq / scaling["factor"]
+    return inv_freq
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (i, i + D/2) of x [B, T, H, D] by its angle; cos, sin [T, D/2] in float32."""
+    x1, x2 = x.float().chunk(2, dim=-1)                         # [B, T, H, D/2] each
+    cos, sin = cos[:, None], sin[:, None]                       # [T, 1, D/2]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, the mean and the root in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+class _GatherKeys(torch.autograd.Function):
+    """x[keys] for the keys of all segments. A prompt's row stands twice among them; its gradient is the sum of two
+    rows, taken by two gathers and an add, which is exact and the same on every run (index_add is neither in bf16)."""
+
+    @staticmethod
+    def forward(ctx, x, keys, first, shared, second):
+        ctx.save_for_backward(first, shared, second)
+        return x[keys]                                          # [N, K, D] -> [M, K, D]
+
+    @staticmethod
+    def backward(ctx, grad):
+        first, shared, second = ctx.saved_tensors
+        total = grad[first]                                     # [N, K, D]
+        total[shared] = total[shared] + grad[second]
+        return total, None, None, None, None
+
+
+def causal_mask(queries, keys, window, device=None):
+    """True where a query sees a key, [queries, keys]: causal, aligned at the bottom right, as the queries are the
+    last of the keys; with a window the last `window` keys only."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries - window + 1)
+
+
+def packed_attention(q, k, v, pack, window=None):
+    """Attention of a packed row: q [N, H, D], k and v [N, K, D] -> [N, H, D].
+
+    Each pair has two segments: prompt and chosen over themselves, rejected over prompt and rejected. On CUDA in half
+    precision one variable-length kernel does all segments, elsewhere a loop does one after another."""
+    k, v = (_GatherKeys.apply(x, pack.keys, pack.first, pack.shared, pack.second) for x in (k, v))  # [M, K, D]
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        gqa = {}
+        if "enable_gqa" in signature(varlen.varlen_attn).parameters:                    # torch 2.12 on
+            gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))   # [M, H, D]
+        sees = (-1 if window is None else window - 1, 0)
+        return varlen.varlen_attn(q, k, v, pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, window_size=sees, **gqa)
+    lengths_q, lengths_k = pack.cu_q.diff().tolist(), pack.cu_k.diff().tolist()
+    out = []
+    for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        out.append(attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), window)[0].transpose(0, 1))
+    return torch.cat(out)                                       # [N, H, D]
+
+
+def attention(q, k, v, window=None):
+    """Causal attention: q [B, H, n, D], k and v [B, K, m, D] with n <= m -> [B, H, n, D]. The queries are the last
+    n of the m positions."""
+    n, m = q.shape[2], k.shape[2]
+    if n == m and (window is None or window >= m):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = causal_mask(n, m, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, H, K, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.heads, self.kv_heads, self.window = H, K, config.sliding_window
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+
+    def forward(self, x, cos, sin, pack):
+        B, T, _ = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.heads, -1), cos, sin)         # [B, T, H, D]
+        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), cos, sin)      # [B, T, K, D]
+        v = self.v_proj(x).view(B, T, self.kv_heads, -1)                        # [B, T, K, D]
+        if pack is None:
+            q, k, v = (h.transpose(1, 2) for h in (q, k, v))                    # [B, H or K, T, D]
+            y = attention(q, k, v, self.window).transpose(1, 2)                 # [B, T, H, D]
+        else:
+            y = packed_attention(q[0], k[0], v[0], pack, self.window)           # [N, H, D], B = 1
+        return self.o_proj(y.reshape(B, T, -1))                                 # [B, T, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). With `recompute` its activations are not kept but
+    computed again in the backward pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.recompute = False
+
+    def forward(self, x, cos, sin, pack):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.layer, x, cos, sin, pack, use_reentrant=False)
+        return self.layer(x, cos, sin, pack)
+
+    def layer(self, x, cos, sin, pack):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack)
+        return x + self.mlp(self.post_attention_layernorm(x))                   # [B, T, C]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: the part of the checkpoint whose names begin with `model.`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A Llama or a Mistral with its head. `config` is a Config; parameters are made on the current device."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self):
+        """The head's weight [V, C]: the embedding itself where the two are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens, pack=None, last=None):
+        """tokens [B, T] right-padded ids -> logits [B, T, V]; with `last` [B] -> logits [B, V] of that position of
+        each row. With a pack (data.Pack), tokens is its row [N] -> log p [R] of the response tokens, float32."""
+        positions = torch.arange(tokens.shape[-1], device=tokens.device) if pack is None else pack.positions
+        angles = positions[:, None].float() * rope_frequencies(self.config, tokens.device)      # [T, D/2]
+        cos, sin = angles.cos(), angles.sin()
+        x = self.model.embed_tokens(tokens if pack is None else tokens[None])                   # [B, T, C]
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, pack)
+        x = self.model.norm(x)
+        if pack is not None:
+            return token_log_probs(x[0].index_select(0, pack.predictors), self.head, pack.targets)      # [R]
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last]                                  # [B, C]
+        return F.linear(x, self.head)
+
+
+def random_model(config, seed=0, std=0.02):
+    """A CausalLM with weights drawn from N(0, std²), norms at 1 and biases at 0: a start for pretraining and tests."""
+    model = CausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
+                parameter.normal_(0.0, std, generator=generator)
+    return model
+
+
+# -------------------------------------------------------------------------------------- token log-probabilities
+
+def chunk_rows(vocab_size, device_type):
+    """How many rows of float32 logits are alive at once: those that fit the budget, 1 GiB on CUDA and 32 MiB on CPU."""
+    budget = (1 << 30) if device_type == "cuda" else (32 << 20)
+    return max(16, budget // (4 * vocab_size))
+
+
+def token_log_probs_plain(hidden, weight, targets):
+    """log softmax(hidden · weightᵀ)[target], the obvious way: hidden [R, C], weight [V, C], targets [R] -> [R].
+    It holds all logits [R, V]; the tests compare token_log_probs with it."""
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def token_log_probs(hidden, weight, targets):
+    """log softmax(hidden · weightᵀ)[target]: hidden [R, C], weight [V, C], targets [R] -> [R] in float32 (float64 for
+    float64 input). Logits are float32 and live for one chunk of rows; the backward pass computes them again. Any R,
+    0 among them: the result is connected to hidden and weight, so that every rank runs the same collectives."""
+    return _TokenLogProbs.apply(hidden, weight, targets, chunk_rows(weight.shape[0], weight.device.type))
+
+
+def _wide_matmul(a, b):
+    """a @ b in float32, whatever their type. CUDA's matrix product writes float32 itself; elsewhere it is cast."""
+    if a.is_cuda and a.dtype != torch.float32 and a.dtype != torch.float64:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    product = a @ b
+    return product if product.dtype == torch.float64 else product.float()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """With p = softmax(logits) and g the gradient of log p[target]: d/dlogits = g · (one-hot(target) − p)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, rows):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logp = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        norm = torch.empty_like(logp)                                           # log of the softmax's denominator
+        ctx.slices = _equal_slices(len(targets), rows)
+        for rows in ctx.slices:
+            logits = _wide_matmul(hidden[rows], weight.t())                     # [r, V]
+            norm[rows] = logits.logsumexp(-1)
+            logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
+        ctx.save_for_backward(hidden, weight, targets, norm)
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, norm = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = None                                                      # float32 [V, C]
+        for rows in ctx.slices:
+            logits = _wide_matmul(hidden[rows], weight.t())
+            logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None])        # −g · p
+            logits.scatter_add_(1, targets[rows, None], grad[rows, None])       # + g · one-hot
+            logits = logits.to(hidden.dtype)
+            grad_hidden[rows] = logits @ weight
+            if ctx.needs_input_grad[1]:
+                part = _wide_matmul(logits.t(), hidden[rows])
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if grad_weight is None and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _equal_slices(count, most):
+    """Slices of near-equal length, none longer than `most`, that cover range(count)."""
+    pieces = math.ceil(count / most)
+    edges = [count * i // pieces for i in range(pieces + 1)] if pieces else []
+    return [slice(a, b) for a, b in zip(edges, edges[1:])]
+
+
+# ------------------------------------------------------------------------------------------------- generation
+
+@torch.no_grad()
+def generate(model, prompts, max_new, stop, temperature=0.0, generator=None, pad=0):
+    """Continue each prompt: a list of id lists -> a list of lists of new ids, ended by an id of `stop` (included) or
+    after max_new. Temperature 0 takes the likeliest token. No cache: every step runs the whole row again."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.full((len(prompts), int(lengths.max()) + max_new), pad, device=device)       # [B, T]
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
+    rows, stops = torch.arange(len(prompts), device=device), torch.tensor(sorted(stop), device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    new = lengths.clone()                                                                       # the next position
+    for _ in range(max_new):
+        logits = model(tokens[:, :int(new.max())], last=new - 1).float()                        # [B, V]
+        if temperature > 0:
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            chosen = logits.argmax(-1)
+        tokens[rows[~ended], new[~ended]] = chosen[~ended]
+        new = new + (~ended).long()
+        ended = ended | torch.isin(chosen, stops)
+        if bool(ended.all()):
+            break
+    return [tokens[row, a:b].tolist() for row, (a, b) in enumerate(zip(lengths.tolist(), new.tolist()))]
+
+
+# ------------------------------------------------------------------------------------ checkpoints, in and out
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = {"F64", "F32", "F16", "BF16"}
+HEADER_LIMIT = 100 << 20            # bytes; safetensors' own limit
+
+
+def load_model(directory, dtype=torch.float32, device="cpu"):
+    """A CausalLM with the weights of `directory` in the given type on the device. Raises BadCheckpoint."""
+    with torch.device("meta"):
+        model = CausalLM(read_config(directory)).to(dtype)
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    return model
+
+
+def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
+    """Fill every parameter from the checkpoint's safetensors, one tensor at a time, and check that all are finite.
+
+    `local` gives the tensor that holds this process's rows of a parameter, and the number of its first row; only
+    those rows are read. Strict both ways: raises BadCheckpoint for a tensor missing, extra, of another shape or type."""
+    files = tensor_files(directory)
+    parameters = dict(model.named_parameters())
+    check_names(model, files, directory)
+    for name, parameter in parameters.items():
+        with _open(files[name]) as file:
+            stored = file.get_slice(name)
+            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+            if kind not in FLOATS:
+                raise BadCheckpoint(f"{files[name]}: {name} is of type {kind}; supported are {', '.join(sorted(FLOATS))}")
+            if shape != tuple(parameter.shape):
+                raise BadCheckpoint(f"{files[name]}: {name} has shape {list(shape)}, but config.json makes it "
+                                    f"{list(parameter.shape)}")
+            target, start = local(parameter)
+            rows = stored[start:start + len(target)]
+            if not bool(rows.isfinite().all()):
+                raise BadCheckpoint(f"{files[name]}: {name} holds values that are not finite; the file is damaged "
+                                    "or the training that wrote it diverged")
+            with torch.no_grad():
+                target.copy_(rows)
+    if "lm_head.weight" in files and model.lm_head is None:
+        _check_tied(files, "lm_head.weight", "model.embed_tokens.weight")
+
+
+def check_names(model, files, directory):
+    """Compare the tensors that the model wants with those that the checkpoint has. A tied head may be stored as
+    well, and the frequency tables that early Llama checkpoints carry are known and not needed."""
+    wanted = {name for name, _ in model.named_parameters()}
+    known = {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    if model.lm_head is None:
+        known.add("lm_head.weight")
+    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - wanted - known)
+    if missing:
+        hint = ", though config.json does not tie the head to the embedding" if missing == ["lm_head.weight"] else ""
+        raise BadCheckpoint(f"{directory}: the tensor {missing[0]} is missing{hint}{_and_more(missing)}")
+    if extra:
+        raise BadCheckpoint(f"{directory}: the tensor {extra[0]} has no place in the model of config.json"
+                            f"{_and_more(extra)}")
+
+
+def tensor_files(directory):
+    """Tensor name -> path of the safetensors file that holds it, every file checked to be one. Raises BadCheckpoint."""
+    index = os.path.join(directory, INDEX)
+    if os.path.exists(index):
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise BadCheckpoint(f"{index}: weight_map is no object of file names")
+        names = sorted(set(weight_map.values()))
+    elif os.path.exists(os.path.join(directory, SINGLE)):
+        names = [SINGLE]
+    else:
+        pickles = [f for f in sorted(os.listdir(directory)) if f.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+        what = (f"only {pickles[0]}, a pickle, which can run code; convert it to safetensors" if pickles
+                else f"neither {SINGLE} nor {INDEX}")
+        raise BadCheckpoint(f"{directory}: no safetensors weights: {what}")
+    files = {}
+    for name in names:
+        if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+            raise BadCheckpoint(f"{index}: the file name {name!r:.80} leaves the directory; only files in it are read")
+        path = os.path.join(directory, name)
+        with _open(path) as file:
+            files.update(dict.fromkeys(file.keys(), path))
+    if os.path.exists(index):
+        for tensor, name in weight_map.items():
+            if files.get(tensor) != os.path.join(directory, name):
+                raise BadCheckpoint(f"{index}: {tensor!r:.120} is not in {name}, where the index puts it")
+    return files
+
+
+def _open(path):
+    """safe_open of a file that is what it says. safe_open maps the file; opened anew for each tensor, no more of it
+    stays in memory than that tensor."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise BadCheckpoint(f"{path}: no regular file")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    size = int.from_bytes(head[:8], "little")
+    if head.startswith(b"version https://git-lfs"):
+        raise BadCheckpoint(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
+    if head.lstrip()[:1] == b"<":
+        raise BadCheckpoint(f"{path}: a page of HTML or XML, not safetensors; download it again")
+    if head[:2] == b"PK" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise BadCheckpoint(f"{path}: a pickle under a safetensors name; pickles can run code and are never read")
+    if len(head) > 8 and head[8:9] == b"{" and size > HEADER_LIMIT:
+        raise BadCheckpoint(f"{path}: its header says {size} bytes, more than safetensors allows ({HEADER_LIMIT})")
+    if len(head) > 8 and head[8:9] == b"{" and 8 + size > info.st_size:
+        raise BadCheckpoint(f"{path}: truncated in its header ({info.st_size} bytes); download it again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadCheckpoint(f"{path}: no safetensors file, or a truncated one ({_line(error)})") from None
+
+
+def _check_tied(files, head, embedding):
+    with _open(files[head]) as a, _open(files[embedding]) as b:
+        same = torch.equal(a.get_tensor(head), b.get_tensor(embedding))
+    if not same:
+        raise BadCheckpoint(f"{files[head]}: {head} differs from {embedding}, though config.json ties them")
+
+
+def _read_json(path):
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadCheckpoint(f"{path}: no regular file")
+        with open(path, encoding="utf-8-sig") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path}: no such file; a checkpoint directory needs it") from None
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path}: not JSON ({_line(error)})") from None
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path}: no JSON object")
+    return value
+
+
+def _line(error):
+    return " ".join(str(error).split())[:160]
+
+
+def _and_more(names):
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+DTYPE_NAMES = {torch.float32: ("F32", "float32", 4), torch.bfloat16: ("BF16", "bfloat16", 2)}
+
+
+def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes=5 * 10 ** 9):
+    """Write a checkpoint in Hugging Face layout: config.json, model.safetensors or shards with an index, and copies.
+
+    source: the directory whose config.json is taken over with the new dtype, or a dict that is one. shapes: name ->
+    shape of every tensor. tensors: (name, tensor) in the order of `shapes`; each is written and let go before the
+    next is asked for, so that no more than one is in memory. copies: (path, name) of files put beside them. All is
+    written into DIRECTORY.tmp and renamed at the end: a directory of that name is whole."""
+    kind, dtype_name, width = DTYPE_NAMES[dtype]
+    config = dict(source) if isinstance(source, dict) else _read_json(os.path.join(source, "config.json"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype_name
+    part = directory.rstrip("/") + ".tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    for path, name in copies:
+        shutil.copyfile(path, os.path.join(part, name))
+    with open(os.path.join(part, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2, ensure_ascii=False)
+
+    sizes = {name: width * math.prod(shape) for name, shape in shapes.items()}
+    shards = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+                                               for i in range(1, len(shards) + 1)]
+    tensors = iter(tensors)
+    for file_name, names in zip(files, shards):
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            header[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [end, end + sizes[name]]}
+            end += sizes[name]
+        header = json.dumps(header).encode()
+        header += b" " * (-len(header) % 8)
+        with open(os.path.join(part, file_name), "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                given, tensor = next(tensors)
+                if given != name or tuple(tensor.shape) != tuple(shapes[name]):
+                    raise ValueError(f"tensor {given} {tuple(tensor.shape)} where {name} {tuple(shapes[name])} is due")
+                file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())},
+                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        with open(os.path.join(part, INDEX), "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=2)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(part, directory)
