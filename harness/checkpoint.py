@@ -1,0 +1,372 @@
+"""Checkpoints that stand whole or not at all, checked byte by byte before they are used.
+
+    DIRECTORY/step-12/shard-00001-model-00001-of-00002.safetensors    rank 0's shards
+                      shard-00002-model-00001-of-00002.safetensors    rank 1's, ...
+                      state.json     the step and all else that is no tensor, and the digest of every file
+    DIRECTORY/step-12.tmp            being written: never read, removed by the next save
+    DIRECTORY/step-12.old            what step-12.tmp is about to replace
+
+The tensors go through torch.distributed.checkpoint and its safetensors storage. It overwrites in place,
+hence the renames here, and its default storage reads a pickle, hence the safetensors. Nothing in a checkpoint
+is ever unpickled. `save` and `load` are collective where a process group runs, and DIRECTORY must be storage
+that all ranks see.
+"""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+FILE_BYTES = 2**30   # a rank's file at most: a file is put together in memory before it is written
+MARGIN = 2**20       # free space asked for beyond what the tensors take, with 1 % and the files' headers
+
+
+class CannotSave(RuntimeError):
+    """A checkpoint could not be written. One line; the checkpoints before it stand."""
+
+
+class BadCheckpointState(ValueError):
+    """A checkpoint is damaged, or does not hold what is wanted. One line."""
+
+
+class CheckpointMismatch(BadCheckpointState):
+    """A checkpoint is of other data, another model, another loss. One line that names what differs."""
+
+
+def save(directory, step, tensors, state, keep):
+    """Write `directory`/step-`step`, then delete all but the newest `keep` checkpoints. Collective.
+
+    tensors: name -> tensor, the same names on all ranks. A DTensor is written by its shards; a plain tensor
+        is taken to be the same on all ranks and is written once.
+    state: a dict that JSON can hold; rank 0's is kept. The random state of every rank is added to it as
+        `random` (a list), and `step`, `world_size` and `threads`.
+    Raises CannotSave on every rank when it fails on any, a full disk included.
+    """
+    directory = Path(directory)
+    final, old, tmp = (directory / f"step-{step}{suffix}" for suffix in ("", ".old", ".tmp"))
+    try:
+        _on_rank_0(_make_room, directory, tmp, tensors)
+        _on_all_ranks(_see, tmp)
+        storage = dcp.HuggingFaceStorageWriter(str(tmp), _file_of(tensors), save_distributed=True)
+        with warnings.catch_warnings():   # one process without a group is meant, and no cause to warn
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(tensors, storage_writer=storage)
+        files, random_states = {}, []
+        for share, generators in _on_all_ranks(lambda: (_sync(_share(tmp)), random_state())):
+            files |= share
+            random_states.append(generators)
+        content = {
+            "state": state | {"step": step, "world_size": _world_size(), "threads": torch.get_num_threads(),
+                              "random": random_states},
+            "tensors": {name: _signature(tensor) for name, tensor in tensors.items()},
+            "files": files}
+        _on_rank_0(_put_in_place, tmp, final, old, content)
+        _on_rank_0(_delete_older, directory, step, keep)
+    except (RuntimeError, CheckpointException) as failure:
+        if _rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise CannotSave(f"{final} is not saved, those before it stand: {_line(failure)}") from failure
+
+
+def newest(directory, say=lambda line: None):
+    """The path of the newest complete checkpoint in `directory`, or None.
+
+    Complete: state.json is whole, and every file it lists is there with its size (`load` checks digests).
+    A run killed between its two renames leaves step-N.old alone: then that is the checkpoint of step N.
+    Changes nothing, so it may run beside a save. `say` is called with a line for each one passed over.
+    """
+    for _, path in _standing(directory):
+        try:
+            _check_files(path, _content(path))
+            return path
+        except BadCheckpointState as reason:
+            say(f"{reason}; passed over")
+    return None
+
+
+def read_state(path, expected=None):
+    """The state that `save` was given, with what it added: `step`, `world_size`, `threads` and `random`.
+
+    Not collective, reads no tensor. Raises BadCheckpointState where state.json is not what was written, and
+    CheckpointMismatch where state["identity"] is not `expected`: dicts such as {"data": ..., "loss": "dpo"},
+    whose keys are the names used in the message.
+    """
+    state = _content(path)["state"]
+    if expected is not None:
+        there = state.get("identity", {})
+        differ = [f"{name} ({there.get(name)} there, {expected.get(name)} here)"
+                  for name in sorted(there.keys() | expected.keys()) if there.get(name) != expected.get(name)]
+        if differ:
+            raise CheckpointMismatch(f"{path} is of another run, these differ: {', '.join(differ)}; "
+                                     "resume with what it was made with, or start anew with --overwrite")
+    return state
+
+
+def load(path, tensors, expected=None):
+    """Fill `tensors` in place from the checkpoint at `path`, return its state (see read_state). Collective.
+
+    The number of ranks may be another than the checkpoint's. Tensors that are not asked for are left alone.
+    Every byte is checked by its digest first, each rank reading a share of the files. Raises
+    BadCheckpointState or CheckpointMismatch on every rank when anything is amiss on any.
+    """
+    path = Path(path)
+
+    def check():
+        read_state(path, expected)
+        content = _content(path)
+        _check_files(path, content)
+        _check_tensors(path, content["tensors"], tensors)
+        for name, digest in digests(_share(path)).items():
+            if digest != content["files"][name]:
+                raise BadCheckpointState(f"{path / name} is damaged, its digest is not state.json's; delete "
+                                         "this checkpoint to go on from the one before")
+        return str(path)
+
+    if len(places := set(_on_all_ranks(check))) > 1:
+        raise BadCheckpointState(f"the ranks were given different checkpoints: {', '.join(sorted(places))}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        except CheckpointException as failure:
+            raise BadCheckpointState(f"{path} cannot be loaded: {_line(failure)}") from failure
+    return read_state(path)
+
+
+def random_state():
+    """The state of this process's random generators (torch on CPU and CUDA, numpy, Python), for JSON."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": _text(torch.get_rng_state().numpy()), "numpy": [name, _text(keys), *rest],
+             "python": [version, _text(np.array(words, np.uint32)), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = _text(torch.cuda.get_rng_state().numpy())
+    return state
+
+
+def set_random_state(state):
+    """Put the generators back to what `random_state` returned."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(_array(words, np.uint32).tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, _array(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.from_numpy(_array(state["torch"], np.uint8)))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(_array(state["cuda"], np.uint8)))
+
+
+def digests(paths):
+    """{file name: {"size": bytes, "sha256": hex}} of the files at `paths`, read by a few threads."""
+    def digest(path):
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": file.tell(), "sha256": sha256}
+
+    paths = [Path(path) for path in paths]
+    with ThreadPoolExecutor(4) as threads:
+        return dict(zip([path.name for path in paths], threads.map(digest, paths)))
+
+
+def fsync(path):
+    """Wait until the file or directory at `path` is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _text(array):
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _array(text, dtype):
+    return np.frombuffer(base64.b64decode(text), dtype).copy()
+
+
+# What save does, in order.
+
+def _make_room(directory, tmp, tensors):
+    """Rank 0: clear what killed saves left, see that the disk has room, make `tmp`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob("step-*.tmp"):
+        shutil.rmtree(left)
+    # A shard's header names it, with its dtype, shape and offsets, in less than 512 bytes.
+    need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    need += need // 100 + 512 * len(tensors) * _world_size() + MARGIN
+    free = shutil.disk_usage(directory).free
+    if free < need:
+        raise OSError(errno.ENOSPC, f"it takes {need / 1e9:.3f} GB and the free space in {directory} is "
+                                    f"{free / 1e9:.3f} GB")
+    tmp.mkdir()
+
+
+def _see(tmp):
+    if not tmp.is_dir():
+        raise OSError(errno.ENOENT, f"{tmp} is not there: the output must be on storage that all nodes share")
+
+
+def _file_of(tensors):
+    """name -> number of the file, from 1, that each rank writes its shard of the tensor to."""
+    written, number = 0, {}
+    for name, tensor in tensors.items():
+        number[name] = 1 + written // (FILE_BYTES * _world_size())
+        written += tensor.numel() * tensor.itemsize
+    return number
+
+
+def _share(path):
+    """This rank's share of the files at `path`; of a checkpoint just written, those that it wrote itself."""
+    files = sorted(path.glob("*.safetensors"))
+    rank, world_size = _rank(), _world_size()
+    return files[rank * len(files) // world_size:(rank + 1) * len(files) // world_size]
+
+
+def _sync(paths):
+    for path in paths:
+        fsync(path)
+    return digests(paths)
+
+
+def _put_in_place(tmp, final, old, content):
+    """Rank 0: describe what all ranks wrote to `tmp`, and give it its name once it is on the disk."""
+    with open(tmp / "state.json", "wb") as file:
+        file.write(_seal(content))
+    fsync(tmp / "state.json")
+    fsync(tmp)
+    if _is_complete(final):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+    os.rename(tmp, final)
+    fsync(final.parent)
+
+
+def _delete_older(directory, step, keep):
+    kept = {step}
+    for number, path in _standing(directory):
+        if path.name == f"step-{step}":
+            continue
+        if number not in kept and len(kept) < keep and _is_complete(path):
+            kept.add(number)
+        else:   # under a name that is never read, so that a half-deleted one is no checkpoint
+            doomed = path.with_suffix(".tmp")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+# What stands in a directory, and whether it is whole.
+
+def _standing(directory):
+    """[(step, path)] of all that is not .tmp, the newest first, step-N before step-N.old."""
+    found = []
+    for path in Path(directory).glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)(\.old)?", path.name):
+            found.append((int(match[1]), match[2] is None, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def _is_complete(path):
+    try:
+        _check_files(path, _content(path))
+    except BadCheckpointState:
+        return False
+    return True
+
+
+def _seal(content):
+    """`content` as JSON with a digest over it; the same content always gives the same bytes."""
+    content = json.loads(json.dumps(content))
+    sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": sha256}, sort_keys=True, indent=1).encode()
+
+
+def _content(path):
+    try:
+        written = (Path(path) / "state.json").read_bytes()
+        content = json.loads(written)
+        whole = isinstance(content, dict) and content.pop("sha256", None) and _seal(content) == written
+    except OSError as reason:
+        raise BadCheckpointState(f"{path} is not whole: state.json: {reason.strerror}") from reason
+    except ValueError:
+        whole = False
+    if not whole:
+        raise BadCheckpointState(f"{path / 'state.json'} is damaged, its digest is not the one it holds")
+    return content
+
+
+def _check_files(path, content):
+    there = {file.name: file.stat().st_size for file in Path(path).glob("*.safetensors")}
+    for name in sorted(there.keys() | content["files"].keys()):
+        if name not in there:
+            raise BadCheckpointState(f"{path} is not whole: {name} is missing")
+        if name not in content["files"]:
+            raise BadCheckpointState(f"{path} is not whole: state.json does not list {name}")
+        if there[name] != (size := content["files"][name]["size"]):
+            raise BadCheckpointState(f"{path} is not whole: {name} has {there[name]} of {size} bytes")
+
+
+def _signature(tensor):
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _check_tensors(path, stored, wanted):
+    for name, tensor in wanted.items():
+        if name not in stored:
+            raise BadCheckpointState(f"{path} does not hold the tensor {name}")
+        if stored[name] != _signature(tensor):
+            raise BadCheckpointState(f"{path} holds {name} as {stored[name]}, not {_signature(tensor)}")
+
+
+# Ranks: work that fails on one of them must fail on all, or the others wait for it until they time out.
+
+def _rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _on_all_ranks(work, *arguments):
+    """[work(*arguments) of rank 0, of rank 1, ...] on every rank; a failure on any is raised on all."""
+    try:
+        outcome = (work(*arguments), None, None)
+    except Exception as failure:
+        kind = type(failure) if isinstance(failure, BadCheckpointState) else RuntimeError
+        outcome = (None, kind, _line(failure))
+    outcomes = [outcome]
+    if dist.is_initialized():
+        outcomes = [None] * _world_size()
+        dist.all_gather_object(outcomes, outcome)
+    for _, kind, line in outcomes:
+        if kind is not None:
+            raise kind(line)
+    return [result for result, _, _ in outcomes]
+
+
+def _on_rank_0(work, *arguments):
+    _on_all_ranks(work if _rank() == 0 else lambda *_: None, *arguments)
+
+
+def _line(failure):
+    """What happened, in one line."""
+    if isinstance(failure, CheckpointException):
+        failure = next(iter(failure.failures.values()))[0]
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {failure.strerror}"
+    return " ".join(str(failure).split()) or type(failure).__name__
