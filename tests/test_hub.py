@@ -1,0 +1,242 @@
+"""Models and datasets named by Hub id, fetched from a server on this machine that plays the Hub."""
+
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import pytest
+from huggingface_hub import constants
+
+from harness import hub
+from harness.options import BadOption
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODEL = {
+    "config.json": b"config", "model.safetensors": b"weights", "tokenizer.json": b"pieces",
+    "chat_template.jinja": b"turns", "pytorch_model.bin": b"pickle", "modeling.py": b"program", "original/consolidated.safetensors": b"twice",
+    "consolidated.safetensors": b"twice",
+}
+SHARDS = {
+    "data/train-00000-of-00002.parquet": b"t0", "data/train-00001-of-00002.parquet": b"t1",
+    "data/test-00000-of-00001.parquet": b"e0", "dataset_infos.json": b"{}", ".gitattributes": b"",
+}
+README = b"""---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train_prefs
+    path: data/train_prefs-*
+  - split: test_prefs
+    path:
+    - "one.jsonl"
+    - two.jsonl
+---
+# pairs
+"""
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """repos: {(kind, id): {revision: {path: bytes}}}; asked: every path that was requested."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repos, self.asked, self.gated = {}, [], set()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fetched(self):
+        """Names of the files whose content was sent."""
+        return {path.split("/resolve/")[1].split("/", 1)[1] for verb, path in self.asked
+                if verb == "GET" and "/resolve/" in path}
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        self.server.asked.append((self.command, path))
+        parts = path.strip("/").split("/")
+        api = parts[0] == "api"
+        parts = parts[1:] if api else parts
+        kind = "datasets" if parts[0] == "datasets" else "models"
+        parts = parts[1:] if parts[0] in ("datasets", "models") else parts
+        if len(parts) < 4:
+            return self.send(404, {})
+        repo, what, revision, rest = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
+        revisions = self.server.repos.get((kind, repo))
+        if repo in self.server.gated:
+            return self.send(403, {"X-Error-Code": "GatedRepo"})
+        if revisions is None:
+            return self.send(404, {"X-Error-Code": "RepoNotFound"})
+        commits = {commit_of(repo, name): name for name in revisions}
+        name = commits.get(revision, revision)
+        if name not in revisions:
+            return self.send(404, {"X-Error-Code": "RevisionNotFound"})
+        files, commit = revisions[name], commit_of(repo, name)
+        if api and what == "revision":
+            return self.send(200, {}, json.dumps(
+                {"id": repo, "sha": commit, "siblings": [{"rfilename": file} for file in files]}).encode())
+        if api and what == "tree":
+            return self.send(200, {}, json.dumps(
+                [{"type": "file", "path": file, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                 for file, body in files.items()]).encode())
+        if rest not in files:
+            return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        body = files[rest]
+        self.send(200, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}, body)
+
+    def send(self, status, headers, body=b""):
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+def commit_of(repo, revision):
+    return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with Hub() as made:
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)  # HF_ENDPOINT, read when huggingface_hub is imported
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def contents(paths):
+    return [pathlib.Path(path).read_bytes() for path in paths]
+
+
+def test_model_comes_without_pickles_programs_and_second_copies(server):
+    server.repos["models", "org/tiny"] = {"main": MODEL}
+    directory = hub.model_directory("org/tiny")
+    assert sorted(os.listdir(directory)) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert contents([directory + "/model.safetensors"]) == [b"weights"]
+    assert server.fetched() == set(os.listdir(directory))
+
+
+def test_model_of_a_revision(server):
+    server.repos["models", "org/tiny"] = {"main": MODEL, "v2": {**MODEL, "model.safetensors": b"newer"}}
+    assert contents([hub.model_directory("org/tiny@v2") + "/model.safetensors"]) == [b"newer"]
+    commit = commit_of("org/tiny", "v2")
+    assert contents([hub.model_directory(f"org/tiny@{commit}") + "/model.safetensors"]) == [b"newer"]
+
+
+def test_local_names_are_taken_as_they_are(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    assert hub.model_directory("org/tiny") == str(tmp_path / "org" / "tiny")
+    assert hub.data_files("pairs.jsonl") == [str(tmp_path / "pairs.jsonl")]
+    assert server.asked == []
+
+
+def test_dataset_split_by_file_name(server):
+    server.repos["datasets", "org/pairs"] = {"main": SHARDS, "old": {"data/train.jsonl": b"old"}}
+    assert contents(hub.data_files("org/pairs")) == [b"t0", b"t1"]
+    assert server.fetched() - {".gitattributes"} == {name for name in SHARDS if "train" in name}
+    assert contents(hub.data_files("org/pairs:test")) == [b"e0"]
+    assert contents(hub.data_files("org/pairs@old:train")) == [b"old"]
+
+
+def test_dataset_split_by_readme(server):
+    files = {"README.md": README, "data/train_prefs-00000-of-00001.parquet": b"p",
+             "data/train_sft-00000-of-00001.parquet": b"s", "one.jsonl": b"1", "two.jsonl": b"2"}
+    server.repos["datasets", "org/pairs"] = {"main": files}
+    assert contents(hub.data_files("org/pairs:train_prefs")) == [b"p"]
+    assert contents(hub.data_files("org/pairs:test_prefs")) == [b"1", b"2"]
+    with pytest.raises(BadOption, match="no split 'train'; it has train_prefs, test_prefs"):
+        hub.data_files("org/pairs")
+
+
+@pytest.mark.parametrize("files, split, expected", [
+    (["pairs.jsonl"], "train", ["pairs.jsonl"]),
+    (["train.json", "train_extra.json"], "train", ["train.json"]),
+    (["train/a.jsonl", "train/b.jsonl", "dev/a.jsonl"], "train", ["train/a.jsonl", "train/b.jsonl"]),
+    (["my-train-1.jsonl", "my-test-1.jsonl", "restrained.jsonl"], "train", ["my-train-1.jsonl"]),
+    (["train.jsonl", "a/train-0-of-2.parquet", "a/train-1-of-2.parquet"], "train",
+     ["a/train-0-of-2.parquet", "a/train-1-of-2.parquet"]),
+    (["a.jsonl", "b.jsonl"], "train", "no data file of a split 'train'; its data files are: a.jsonl, b.jsonl"),
+    (["pairs.jsonl"], "test", "no data file of a split 'test'"),
+    (["train.csv"], "train", "its data files are: none"),
+])
+def test_which_files_are_a_split(files, split, expected):
+    if isinstance(expected, str):
+        with pytest.raises(BadOption, match=expected):
+            hub._split_files("org/pairs", files, "", split)
+    else:
+        assert hub._split_files("org/pairs", files, "", split) == expected
+
+
+def test_readme_with_several_configurations_is_refused():
+    readme = "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n- config_name: fr\n  data_files: fr.jsonl\n---\n"
+    with pytest.raises(BadOption, match="several configurations .en, fr."):
+        hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], readme, "train")
+    only = readme.split("- config_name: fr")[0] + "---\n"
+    assert hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], only, "train") == ["en/a.jsonl"]
+    with pytest.raises(BadOption, match="en/a.csv is of a kind that is not read"):
+        hub._split_files("org/pairs", ["en/a.csv"], only.replace("*.jsonl", "**/*.csv"), "train")
+
+
+@pytest.mark.parametrize("call, name, message", [
+    (hub.model_directory, "org/none", "the Hub shows no such model; check the name"),
+    (hub.model_directory, "org/tiny@v9", "has no such revision"),
+    (hub.model_directory, "org/gated", "is gated; ask for access .* HF_TOKEN"),
+    (hub.model_directory, "org/pickled", "has no .safetensors weights"),
+    (hub.model_directory, "no/such/path", "there is no such directory, and it is no Hub id"),
+    (hub.model_directory, "org/a..b", "no Hub id"),
+    (hub.model_directory, __file__, "is a file; give the directory"),
+    (hub.data_files, "org/none", "the Hub shows no such dataset"),
+    (hub.data_files, "org/gated", "is gated"),
+    (hub.data_files, "data/none.jsonl", "there is no such file"),
+])
+def test_errors_are_one_line_with_the_mend(server, call, name, message):
+    server.repos["models", "org/tiny"] = {"main": MODEL}
+    server.repos["models", "org/pickled"] = {"main": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}}
+    server.gated.add("org/gated")
+    with pytest.raises(BadOption, match=message) as caught:
+        call(name)
+    assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
+
+
+def test_without_network_the_cache_serves(server, monkeypatch):
+    server.repos["models", "org/tiny"] = {"main": MODEL}
+    server.repos["datasets", "org/pairs"] = {"main": SHARDS}
+    model, data = hub.model_directory("org/tiny"), hub.data_files("org/pairs")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.model_directory("org/tiny") == model
+    assert hub.data_files("org/pairs") == data
+    for call, name in ((hub.model_directory, "org/other"), (hub.data_files, "org/other")):
+        with pytest.raises(BadOption, match="the Hub cannot be reached .* HF_HUB_OFFLINE, or give"):
+            call(name)
+
+
+def test_endpoint_from_the_environment(server, tmp_path):
+    server.repos["datasets", "org/pairs"] = {"main": {"train.jsonl": b"row"}}
+    done = subprocess.run(
+        [sys.executable, "-c", "from harness import hub; print(open(*hub.data_files('org/pairs')).read())"],
+        cwd=ROOT, env={**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}, text=True,
+        capture_output=True)
+    assert (done.stdout.strip(), done.returncode) == ("row", 0), done.stderr
