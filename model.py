@@ -469,12 +469,7 @@ def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
     for name, parameter in parameters.items():
         with _open(files[name]) as file:
             stored = file.get_slice(name)
-            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-            if kind not in FLOATS:
-                raise BadCheckpoint(f"{files[name]}: {name} is of type {kind}; supported are {', '.join(sorted(FLOATS))}")
-            if shape != tuple(parameter.shape):
-                raise BadCheckpoint(f"{files[name]}: {name} has shape {list(shape)}, but config.json makes it "
-                                    f"{list(parameter.shape)}")
+            _check_slice(files[name], name, stored, parameter.shape)
             target, start = local(parameter)
             rows = stored[start:start + len(target)]
             if not bool(rows.isfinite().all()):
@@ -484,6 +479,30 @@ def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
                 target.copy_(rows)
     if "lm_head.weight" in files and model.lm_head is None:
         _check_tied(files, "lm_head.weight", "model.embed_tokens.weight")
+
+
+def check(directory):
+    """Check a checkpoint by its configuration and its files' headers, reading no weights: the names, types and shapes
+    of its tensors. Returns the directory. Raises BadCheckpoint."""
+    with torch.device("meta"):
+        model = CausalLM(read_config(directory))
+    files = tensor_files(directory)
+    check_names(model, files, directory)
+    parameters = dict(model.named_parameters())
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in file.keys():
+                if name in parameters:
+                    _check_slice(path, name, file.get_slice(name), parameters[name].shape)
+    return directory
+
+
+def _check_slice(path, name, stored, shape):
+    kind, there = stored.get_dtype(), list(stored.get_shape())
+    if kind not in FLOATS:
+        raise BadCheckpoint(f"{path}: {name} is of type {kind}; supported are {', '.join(sorted(FLOATS))}")
+    if there != list(shape):
+        raise BadCheckpoint(f"{path}: {name} has shape {there}, but config.json makes it {list(shape)}")
 
 
 def check_names(model, files, directory):

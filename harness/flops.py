@@ -1,0 +1,22 @@
+"""How much arithmetic a pair takes, and how much a GPU could do: the two sides of MFU."""
+
+# Peak dense bfloat16 rate in FLOP/s, by a part of the device's name (the makers' data sheets, without sparsity).
+PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
+         "A800": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+
+
+def pair_flops(config, prompt, chosen, rejected):
+    """FLOPs of one pair's forward and backward pass, with the prompt once, without padding and recomputation:
+    3 · [2 · N_body · (P+C+R) + 2 · N_head · (C+R)] + 6 · L · d · [(P+C)² + (P+R)² − P²], lengths in tokens."""
+    head_size = config.num_attention_heads * config.head_dim
+    attention = config.hidden_size * (2 * head_size + 2 * config.num_key_value_heads * config.head_dim)
+    body = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    head = config.vocab_size * config.hidden_size
+    products = 3 * (2 * body * (prompt + chosen + rejected) + 2 * head * (chosen + rejected))
+    squares = (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt ** 2
+    return products + 6 * config.num_hidden_layers * head_size * squares
+
+
+def peak_flops(device_name):
+    """The device's peak in FLOP/s, or None where it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device_name), None)

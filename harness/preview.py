@@ -1,0 +1,35 @@
+"""What `--dry-run` shows: the counts, one pair with its scored tokens, the steps and the memory plan."""
+
+from harness import memory
+from harness.progress import say
+
+
+def counts_lines(counts):
+    """Data counts for a person. counts: {"train" or "eval": data.Counts}."""
+    lines = []
+    for name, count in counts.items():
+        lines.append(f"{name}: {count.rows} rows read, {count.kept} pairs kept, {count.cut} responses cut, "
+                     f"{len(count.dropped)} pairs dropped, {count.boundary} responses tokenised apart from the prompt")
+        reasons = {}
+        for drop in count.dropped:
+            reasons[drop["reason"]] = reasons.get(drop["reason"], 0) + 1
+        lines += [f"  dropped {number}: {reason}" for reason, number in sorted(reasons.items())]
+    return lines
+
+
+def show(options, tokenizer, pairs, eval_pairs, counts, plan, world):
+    """Print the preview; pairs are data.Pair, plan a memory.Plan, world the number of ranks."""
+    for line in counts_lines(counts):
+        say(line)
+    pair = pairs[0]
+    say(f"the first pair, {pair.source}; each scored token stands between bars")
+    say(f"  prompt   {tokenizer.decode(pair.prompt)!r} ({len(pair.prompt)} tokens, not scored)")
+    for name in ("chosen", "rejected"):
+        ids = getattr(pair, name)
+        say(f"  {name:<8} |{'|'.join(repr(piece)[1:-1] for piece in tokenizer.pieces(ids))}| ({len(ids)} tokens)")
+    steps = options.epochs * -(-len(pairs) // options.batch_size)
+    stages = 2 if options.loss == "tgdpo" and options.guide is None else 1
+    say(f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {steps} steps of {options.batch_size} pairs"
+        + (", in each of two stages" if stages == 2 else ""))
+    for line in memory.lines(plan, world):
+        say(line)

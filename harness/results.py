@@ -1,0 +1,106 @@
+"""What a run leaves beside its models: run.json and dropped.jsonl at its start; the table, the answers, tokens.jsonl
+and the report page at its end."""
+
+import json
+import os
+import platform
+import sys
+
+import torch
+
+from harness import checkpoint, memory, options as option_table, preview
+from harness.progress import say
+from report import report
+
+
+def begin(out, options, identity, counts, plan, ranks):
+    """Write config.toml, run.json and dropped.jsonl. A directory that is resumed must be of the same run."""
+    path = os.path.join(out, "run.json")
+    if options.resume and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            checkpoint.same_run(out, json.load(file).get("identity", {}), identity)
+    with open(os.path.join(out, "config.toml"), "w", encoding="utf-8") as file:
+        file.write(option_table.to_toml(options))
+    with open(os.path.join(out, "dropped.jsonl"), "w", encoding="utf-8") as file:
+        for count in counts.values():
+            file.writelines(json.dumps(drop, ensure_ascii=False) + "\n" for drop in count.dropped)
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else _processor()
+    write_json(path, {
+        "command": " ".join(["python", *sys.argv]), "identity": identity,
+        "machine": {"device": device, "ranks": ranks.world, "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "data": {name: {"rows": c.rows, "kept": c.kept, "cut": c.cut, "boundary": c.boundary,
+                        "dropped": len(c.dropped)} for name, c in counts.items()},
+        "plan": plan._asdict()})
+    for line in option_table.to_toml(options).splitlines():
+        if line and not line.startswith("#"):
+            say("  " + line)
+    for line in preview.counts_lines(counts) + memory.lines(plan, ranks.world):
+        say(line)
+
+
+def finish(out, options, tokenizer, pairs, models, answers):
+    """Print the table and the answers, write tokens.jsonl, samples.json and report.html.
+
+    pairs: the evaluation pairs (the training pairs without any); models: name -> their log-probs, [C + R] a pair in
+    the order of pairs, or None; answers: name -> [(prompt, answer)]."""
+    table = [_figures(name, logps, models["reference"], pairs, options.beta)
+             for name, logps in models.items() if logps]
+    say(f"\n{len(models['policy'])} pairs{'':<18}accuracy    margin  log-ratio chosen  log-ratio rejected")
+    for row in table:
+        say(f"  {row['model']:<24}{row['accuracy']:>9.3f}{row['margin']:>10.3f}"
+            f"{row['logratio_chosen']:>18.3f}{row['logratio_rejected']:>20.3f}")
+    samples = [{"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
+               for i, (prompt, _) in enumerate(answers["policy"])]
+    for sample in samples:
+        say("")
+        for name, text in sample.items():
+            say(f"  {name:<10}{text!r}")
+    write_json(os.path.join(out, "samples.json"), samples)
+    with open(os.path.join(out, "tokens.jsonl"), "w", encoding="utf-8") as file:
+        for i, pair in enumerate(pairs[:options.report_pairs]):
+            row = {"source": pair.source, "prompt": tokenizer.decode(pair.prompt)}
+            for side, start, ids in (("chosen", 0, pair.chosen), ("rejected", len(pair.chosen), pair.rejected)):
+                row[side] = {"tokens": tokenizer.pieces(ids)}
+                for name, logps in models.items():
+                    if logps:
+                        key = "ref" if name == "reference" else name
+                        row[side][key] = [round(x, 6) for x in logps[i][start:start + len(ids)].tolist()]
+            file.write(json.dumps(row) + "\n")
+    path = os.path.join(out, "run.json")
+    with open(path, encoding="utf-8") as file:
+        run = json.load(file)
+    write_json(path, run | {"table": table})
+    report.write(out)
+    say(f"\nthe policy: {os.path.join(out, 'policy')}")
+    if options.loss == "tgdpo":
+        say(f"the guide:  {options.guide or os.path.join(out, 'guide')}")
+    say(f"the page:   {os.path.join(out, 'report.html')}")
+
+
+def write_json(path, value):
+    """Write a JSON file, whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+    os.replace(path + ".tmp", path)
+
+
+def _figures(name, logps, ref, pairs, beta):
+    """A row of the table: means over the pairs of the plain DPO reward margin and of log pi/pi_ref of each side."""
+    ratios = []
+    for i, logp in enumerate(logps):
+        ratio = (logp - ref[i] if ref else logp).double()
+        ratios.append((ratio[:len(pairs[i].chosen)].sum(), ratio[len(pairs[i].chosen):].sum()))
+    chosen, rejected = torch.tensor(ratios).T
+    margin = beta * (chosen - rejected)
+    return {"model": name, "accuracy": (margin > 0).double().mean().item(), "margin": margin.mean().item(),
+            "logratio_chosen": chosen.mean().item(), "logratio_rejected": rejected.mean().item()}
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return f"{platform.machine()}, {os.cpu_count()} cores"

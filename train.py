@@ -1,0 +1,564 @@
+"""Train a policy with TGDPO, DPO or SimPO.
+
+    python train.py                                                        the bundled tiny example, on a laptop
+    python train.py --model DIR --data pairs.jsonl --dry-run               look at the pairs and the plan, train nothing
+    python train.py --model meta-llama/Llama-3.2-1B-Instruct --data pairs.jsonl                 one GPU
+    torchrun --nproc_per_node 8 train.py --model meta-llama/Meta-Llama-3-8B-Instruct --data pairs.jsonl   eight GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 train.py --hsdp 8 …        two nodes, on each
+    python train.py --config OUT/config.toml --resume                      go on after a stop
+
+`--help` lists the options. A run of tgdpo has two stages: a guide is trained with DPO (or given with --guide), then
+the policy with the guide's token-level reward. Reference and guide are read once, for the log-probs of the response
+tokens, and are not in memory while the policy trains.
+"""
+
+import sys
+
+from harness import options as option_table
+
+if __name__ == "__main__":
+    option_table.answer_early(sys.argv[1:])     # --help and a mistyped option need no torch
+
+import gc
+import os
+import resource
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
+
+import data
+import model
+import tgdpo
+from harness import cache, checkpoint, flops, hub, memory, preview, processes, results
+from harness.options import BadOption
+from harness.progress import Metrics, Progress, say
+from harness.tally import Tally
+
+BAD_INPUT = (BadOption, data.BadData, model.BadCheckpoint, checkpoint.BadCheckpointState)
+FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")   # for a rank without pairs
+
+
+SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")      # beside the progress bar
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: one line that says why and what to do. Exit status 1."""
+
+
+class Run(NamedTuple):
+    """What every part of a run shares."""
+    options: option_table.Options
+    out: str
+    rank: int
+    world: int
+    device: torch.device
+    mesh: dist.DeviceMesh
+    dtype: torch.dtype              # of the computation; master weights, gradients' sums and log-probs are float32
+    plan: memory.Plan               # micro_tokens, activation checkpointing, compile
+    signals: processes.Signals
+    metrics: Metrics
+    identity: dict                  # what a checkpoint must agree with: data, model, loss, template, settings
+
+
+class Stage(NamedTuple):
+    """One training: the policy starts from the reference and learns from `pairs` by one loss."""
+    loss: str                       # tgdpo, dpo or simpo
+    pairs: list                     # of data.Pair
+    eval_pairs: list
+    ref: list | None                # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
+    guide: list | None
+
+
+# ------------------------------------------------------------------------------------------------- the models
+
+def sharded(directory, run, frozen=False):
+    """The model of `directory`, sharded over the ranks: meta device, fully_shard of each block and of the root, then
+    each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen."""
+    with torch.device("meta"):
+        net = model.CausalLM(model.read_config(directory))
+    if frozen:
+        net.to(run.dtype).requires_grad_(False)
+    offload = CPUOffloadPolicy() if run.options.cpu_offload and run.device.type == "cuda" else OffloadPolicy()
+    settings = {"mesh": run.mesh, "offload_policy": offload, "mp_policy": MixedPrecisionPolicy(
+        param_dtype=run.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    for number, layer in enumerate(net.model.layers):
+        layer.recompute = not frozen and run.plan.recomputes(number)
+        if run.plan.compile:
+            layer.compile()
+        fully_shard(layer, **settings)
+    fully_shard(net, **settings)
+    net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
+    model.load_weights(net, directory, local_rows)
+    return net
+
+
+def local_rows(parameter):
+    """This rank's rows of a sharded parameter, and the number of the first: fully_shard gives ceil(rows / ranks)
+    consecutive rows to each rank."""
+    if not isinstance(parameter, DTensor):
+        return parameter.data, 0
+    mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1     # HSDP: (replicas, shards)
+    each = -(-parameter.shape[0] // mesh.size(shard_dim))
+    return parameter.to_local().data, min(each * mesh.get_local_rank(shard_dim), parameter.shape[0])
+
+
+def release(run):
+    """Give the memory of dropped models back. The caller lets go of its last reference first."""
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def export(run, net, directory, source, tokenizer):
+    """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    stream = ((name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+              for name, parameter in net.named_parameters())
+    width = 4 if run.dtype == torch.float32 else 2
+
+    def write():
+        processes.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
+        model.save_model(directory, source, shapes, stream, run.dtype, tokenizer.files)
+
+    def drain():
+        for _ in stream:
+            pass
+
+    processes.together(write, otherwise=drain)      # the others gather along, even where rank 0 fails half way
+
+
+# ----------------------------------------------------------------------------------- log-probs and the guidance
+
+def rows(flat, pack):
+    """log p [R] of a pack's response tokens -> (chosen, rejected), each [B, T], 0 where there is no token."""
+    parts = flat.split([n for lengths in zip(pack.chosen_lengths, pack.rejected_lengths) for n in lengths])
+    return pad_sequence(parts[0::2], batch_first=True), pad_sequence(parts[1::2], batch_first=True)
+
+
+def to_device(pack, device):
+    """The pack with its tensors on the device."""
+    if device.type == "cpu":
+        return pack
+    return pack._make(x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x for x in pack)
+
+
+def size(pair):
+    """A pair's tokens in a pack, its prompt once."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+@torch.no_grad()
+def log_probs(run, net, pairs, title):
+    """Per-token log-probs of every pair's responses, [C + R] each, on the CPU. The pairs are shared out among the
+    ranks in large packs. No random number is drawn."""
+    dealt = data.deal([size(pair) for pair in pairs], run.world, run.plan.micro_tokens_forward)[run.rank]
+    mine = {}
+    bar = Progress(len(pairs), title, run.rank)
+    for indices in dealt:
+        pack = to_device(data.collate([pairs[i] for i in indices] or [FILLER]), run.device)
+        logp = net(pack.tokens, pack).cpu()
+        lengths = [len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices]
+        if indices:
+            mine |= zip(indices, (part.clone() for part in logp.split(lengths)))
+        bar.advance(len(indices) * run.world)
+        stop_if_told(run)
+    bar.close()
+    shares = [None] * run.world
+    dist.all_gather_object(shares, mine)
+    together = {index: logp for share in shares for index, logp in share.items()}
+    return [together[index] for index in range(len(pairs))]
+
+
+def cached_log_probs(run, kind, directory, pairs):
+    """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype."""
+    key = processes.first(lambda: cache.key({"weights": cache.weights_digest(directory),
+                                             "pairs": data.fingerprint(pairs), "dtype": str(run.dtype)}))
+    where, lengths = os.path.join(run.out, "cache"), [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    found = processes.first(lambda: cache.read(where, kind, key, sum(lengths), say))
+    if found is not None:
+        say(f"log-probs of the {kind} are in the cache: {kind}-{key}", run.rank)
+        return list(found.split(lengths))
+    net = sharded(directory, run, frozen=True)
+    found = log_probs(run, net, pairs, f"log-probs of the {kind}")
+    del net
+    release(run)
+    wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
+    if wrong:
+        raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
+    processes.first(lambda: cache.write(where, kind, key, torch.cat(found)))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- the losses
+
+def pack_loss(stage, options, logp, pack, indices, tally):
+    """The loss of each pair of a pack: logp [R], indices of its pairs -> tgdpo.Loss of [B]; figures go to the tally."""
+    policy = rows(logp, pack)
+    if stage.loss == "simpo":
+        lengths = [torch.tensor(n, device=logp.device) for n in (pack.chosen_lengths, pack.rejected_lengths)]
+        result = tgdpo.simpo_loss(policy, lengths, options.beta, options.gamma)
+    else:
+        ref = torch.cat([stage.ref[i] for i in indices]).to(logp.device)        # [R]
+        if stage.loss == "dpo":
+            result = tgdpo.dpo_loss(policy, rows(ref, pack), options.beta)
+        else:
+            guide = torch.cat([stage.guide[i] for i in indices]).to(logp.device)
+            result = tgdpo.tgdpo_loss(policy, rows(ref, pack), rows(guide, pack), options.beta, options.alpha,
+                                      options.guide_beta)
+            r_hat = tgdpo.r_hat(guide, ref, options.guide_beta)
+            sides = r_hat.split([n for ns in zip(pack.chosen_lengths, pack.rejected_lengths) for n in ns])
+            r_hat_w, r_hat_l = torch.cat(sides[0::2]), torch.cat(sides[1::2])
+            tally.add_guidance(torch.cat([r_hat_w, r_hat_l]),
+                               torch.cat([tgdpo.f_w(r_hat_w, options.alpha), tgdpo.f_l(r_hat_l, options.alpha)]))
+    tally.add_losses(result)
+    return result
+
+
+@torch.no_grad()
+def evaluate(run, net, stage):
+    """The stage's figures on its evaluation pairs, and their per-token log-probs as log_probs gives them."""
+    found = log_probs(run, net, stage.eval_pairs, "evaluation")
+    return figures(run, stage, found), found
+
+
+def figures(run, stage, logps):
+    """The row of metrics of the evaluation pairs' log-probs `logps` under the stage's loss. Collective."""
+    tally, mine = Tally(run.device), range(run.rank, len(logps), run.world)
+    for indices in (mine[k:k + 64] for k in range(0, len(mine), 64)):
+        pack, logp = data.collate([stage.eval_pairs[i] for i in indices]), torch.cat([logps[i] for i in indices])
+        pack_loss(stage, run.options, logp.to(run.device), pack, [len(stage.pairs) + i for i in indices], tally)
+    return tally.row()
+
+
+# ------------------------------------------------------------------------------------------------- one training
+
+def learning_rate(options, step, total):
+    """The rate of step `step` (from 0) of `total`: W warm-up steps rise linearly, step k of the N after them falls."""
+    warmup = int(np.ceil(options.warmup_ratio * total))
+    if step < warmup:
+        return options.lr * (step + 1) / (warmup + 1)
+    k, N = step - warmup, total - warmup
+    shape = {"cosine": 0.5 * (1 + np.cos(np.pi * k / N)), "linear": 1 - k / N, "constant": 1.0}[options.schedule]
+    return options.lr * float(shape)
+
+
+def optimiser_step(run, net, optimiser, stage, batch):
+    """One step on the pairs `batch` (indices): every pair weighs 1/len(batch), whatever rank or micro-batch it is in.
+    Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a gradient that is not finite."""
+    tally, losses = Tally(run.device), []
+    dealt = data.deal([size(stage.pairs[i]) for i in batch], run.world, run.plan.micro_tokens)[run.rank]
+    for part in dealt:
+        indices = [int(batch[k]) for k in part]
+        pack = to_device(data.collate([stage.pairs[i] for i in indices] or [FILLER]), run.device)
+        logp = net(pack.tokens, pack)                                           # [R]
+        if indices:
+            result = pack_loss(stage, run.options, logp, pack, indices, tally)
+            losses.append((indices, result.losses.detach()))
+            loss = result.losses.sum() * (run.world / len(batch))               # fully_shard averages over the ranks
+        else:
+            loss = logp.sum() * 0.0
+        loss.backward()
+    row = tally.row()
+    grad_norm = clip_grad_norm_(net.parameters(), run.options.max_grad_norm)
+    row["grad_norm"] = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+    refuse_not_finite(row, stage, batch, losses)
+    optimiser.step()
+    optimiser.zero_grad()
+    return row
+
+
+def refuse_not_finite(row, stage, batch, losses):
+    """All ranks raise alike, since the row's figures are everyone's."""
+    if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
+        return
+    wrong = [stage.pairs[i].source for indices, values in losses
+             for i, value in zip(indices, values.tolist()) if not np.isfinite(value)]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, wrong)
+    wrong = [source for share in shares for source in share]
+    if wrong:
+        raise RunFailed(f"the loss is not finite on {some(wrong)}")
+    raise RunFailed(f"the gradient is not finite; the step's pairs are {some([stage.pairs[i].source for i in batch])}")
+
+
+def train(run, stage, directory):
+    """Train the model of `directory` by the stage's loss, from the newest checkpoint where one stands. Returns the
+    model and the evaluation pairs' log-probs at the end (None without evaluation pairs)."""
+    options = run.options
+    net = sharded(directory, run)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=options.weight_decay, fused=True)
+    per_epoch = -(-len(stage.pairs) // options.batch_size)
+    total, step = options.epochs * per_epoch, 0
+    checkpoints = os.path.join(run.out, "checkpoints")
+    tensors = training_state(net, optimiser)
+    newest = processes.first(lambda: checkpoint.newest(checkpoints, say)) if options.resume else None
+    if newest:
+        state = checkpoint.load(newest, tensors, run.identity | {"stage": stage.loss})
+        step = state["step"]
+        set_adam_step(optimiser, step)
+        if state["world_size"] == run.world:
+            checkpoint.set_random_state(state["random"][run.rank])
+        say(f"resumed from {newest}: step {step} of {total}", run.rank)
+    elif options.resume:
+        say("nothing complete to resume from: starting from the beginning", run.rank)
+    run.metrics.keep_until(stage.loss, step)
+
+    def save():
+        checkpoint.save(checkpoints, step, training_state(net, optimiser),
+                        {"identity": run.identity | {"stage": stage.loss}}, options.keep)
+
+    bar = Progress(total, stage.loss, run.rank, start=step)
+    found = None
+    while True:
+        if stage.eval_pairs and step and (step == total or options.eval_every and step % options.eval_every == 0):
+            row, found = evaluate(run, net, stage)
+            run.metrics.write({"stage": stage.loss, "step": step, "eval": True} | row)
+        if step == total:
+            break
+        began = time.perf_counter()
+        epoch, position = divmod(step, per_epoch)
+        order = data.epoch_order(len(stage.pairs), options.seed, epoch)
+        batch = order[position * options.batch_size:(position + 1) * options.batch_size]
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(options, step, total)
+        try:
+            row = optimiser_step(run, net, optimiser, stage, batch)
+        except RunFailed as failure:
+            last = processes.first(lambda: checkpoint.newest(checkpoints))
+            raise RunFailed(f"{stage.loss} step {step + 1}: {failure}; the optimiser did not take it; "
+                            f"the last checkpoint is {last or 'none'}; try a lower --lr or --dtype float32") from None
+        step += 1
+        row |= {"lr": group["lr"], **speed(run, net.config, [stage.pairs[i] for i in batch], began)}
+        run.metrics.write({"stage": stage.loss, "step": step, "epoch": epoch + 1} | row)
+        bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
+        signal = run.signals.agreed()
+        if step == total or signal or options.save_every and step % options.save_every == 0:
+            save()
+        if signal:
+            run.signals.leave(signal, f"{stage.loss} step {step} of {total} is saved")
+    bar.close()
+    return net, found
+
+
+def training_state(net, optimiser):
+    """Name -> tensor of all that a checkpoint holds: parameters and AdamW's two moments, made where they are not yet."""
+    tensors = {}
+    for name, parameter in net.named_parameters():
+        state = optimiser.state[parameter]
+        if not state:
+            state |= {"step": torch.zeros((), device=parameter.device),
+                      "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        tensors |= {f"model.{name}": parameter.detach(), f"exp_avg.{name}": state["exp_avg"],
+                    f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+    return tensors
+
+
+def set_adam_step(optimiser, step):
+    """AdamW counts its steps for the bias correction, one count a parameter."""
+    for state in optimiser.state.values():
+        state["step"].fill_(step)
+
+
+def speed(run, config, pairs, began):
+    """Throughput of a step that began at `began`. Tokens are counted the same for every method: 2 P + C + R."""
+    seconds = time.perf_counter() - began
+    shapes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
+    row = {"seconds": seconds, "pairs_per_second": len(pairs) / seconds,
+           "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds}
+    if run.device.type == "cuda":
+        row["peak_memory"] = torch.cuda.max_memory_allocated()
+        if peak := flops.peak_flops(torch.cuda.get_device_name()):
+            done = sum(flops.pair_flops(config, *shape) for shape in shapes)
+            row["mfu"] = done / seconds / (peak * run.world)
+    else:
+        row["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return row
+
+
+def stop_if_told(run):
+    """Between the packs of a pass without steps there is nothing to save: leave at once when a signal came."""
+    if signal := run.signals.agreed():
+        run.signals.leave(signal, "nothing to save yet")
+
+
+def some(names):
+    """The first five of a list in words."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ----------------------------------------------------------------------------------------------------- the run
+
+def whole_run(options, ranks):
+    """Stage after stage, from the options to the exported policy and the report."""
+    source, guide_source = (found_model(name) if name else None for name in (options.model, options.guide))
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    tokenizer, pairs, eval_pairs, counts = load_data(options, source, guide_source)
+    plan, mesh = lay_out(options, ranks, source, dtype, max(size(pair) for pair in pairs + eval_pairs))
+    if options.dry_run:
+        processes.first(lambda: preview.show(options, tokenizer, pairs, eval_pairs, counts, plan, ranks.world))
+        return
+
+    out = processes.claim(options)
+    identity = processes.first(lambda: describe(options, source, guide_source, tokenizer, pairs, dtype))
+    processes.first(lambda: results.begin(out, options, identity, counts, plan, ranks))
+    run = Run(options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals,
+              Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank), identity)
+
+    ref = guide = None
+    if options.loss != "simpo":
+        ref = cached_log_probs(run, "ref", source, pairs + eval_pairs)
+    if options.loss == "tgdpo":
+        guide_source = guide_source or train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source, tokenizer)
+        guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs)
+        say_alpha(run, pairs, ref, guide)
+    stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
+    policy, final = train(run, stage, source)
+    export(run, policy, os.path.join(out, "policy"), source, tokenizer)
+
+    shown = eval_pairs or pairs
+    if final is None:
+        final = log_probs(run, policy, shown[:options.report_pairs], "log-probs of the policy")
+    answers = {"policy": answer(run, policy, tokenizer, shown)}
+    del policy
+    release(run)
+    for name, directory in (("guide", guide_source), ("reference", source)):
+        if directory and options.samples:
+            net = sharded(directory, run, frozen=True)
+            answers[name] = answer(run, net, tokenizer, shown)
+            del net
+            release(run)
+    start = len(pairs) if eval_pairs else 0
+    models = {"reference": ref and ref[start:], "guide": guide and guide[start:], "policy": final}
+    processes.first(lambda: results.finish(out, options, tokenizer, shown, models, answers))
+
+
+def found_model(name):
+    """The directory of a model's name or Hub id, which rank 0 fetches first; its configuration and the names and
+    shapes of its tensors are checked before anything large is read."""
+    processes.first(lambda: model.check(hub.model_directory(name)))
+    return hub.model_directory(name)
+
+
+def load_data(options, source, guide_source):
+    """-> tokenizer, pairs, evaluation pairs, {"train": Counts, "eval": Counts}. Rank 0 reads, all ranks get them."""
+
+    def read():
+        tokenizer = data.load_tokenizer(source, options.chat_template)
+        if tokenizer.vocab_size > (size := model.read_config(source).vocab_size):
+            raise model.BadCheckpoint(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model "
+                                      f"only {size} embeddings; take the tokenizer that belongs to the model")
+        if guide_source:
+            data.same_vocabulary(tokenizer, data.load_tokenizer(guide_source, options.chat_template))
+        limits = options.max_length, options.max_prompt_length, options.skip_bad_rows
+        pairs, counts = data.load_pairs(files(options.data), tokenizer, *limits)
+        counts = {"train": counts}
+        eval_pairs = []
+        if options.eval_data:
+            eval_pairs, counts["eval"] = data.load_pairs(files(options.eval_data), tokenizer, *limits)
+        elif options.eval_fraction:
+            kept = max(1, round(len(pairs) * (1 - options.eval_fraction)))
+            mixed = [pairs[i] for i in data.epoch_order(len(pairs), options.seed, 0)]
+            pairs, eval_pairs = mixed[:kept], mixed[kept:]
+        return pairs, eval_pairs, counts
+
+    def files(names):
+        return [path for name in names for path in hub.data_files(name)]
+
+    return data.load_tokenizer(source, options.chat_template), *processes.first(read)
+
+
+def lay_out(options, ranks, source, dtype, longest):
+    """-> the memory plan and the mesh of ranks: one shard group, or with --hsdp N copies of groups of N."""
+    shards = options.hsdp or ranks.world
+    if ranks.world % shards:
+        raise BadOption(f"--hsdp {shards}: {ranks.world} ranks do not divide into groups of {shards}")
+    cuda = ranks.device.type == "cuda"
+    room = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else 0
+    plan = memory.make(model.read_config(source), options, shards, ranks.device.type, dtype.itemsize, longest, room)
+    if options.hsdp:
+        return plan, dist.init_device_mesh(ranks.device.type, (ranks.world // shards, shards),
+                                           mesh_dim_names=("copies", "shards"))
+    return plan, dist.init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shards",))
+
+
+def describe(options, source, guide_source, tokenizer, pairs, dtype):
+    """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
+    settings = ("loss", "beta", "alpha", "gamma", "guide_beta", "lr", "epochs", "batch_size", "warmup_ratio",
+                "schedule", "weight_decay", "max_grad_norm", "seed")
+    return {name: getattr(options, name) for name in settings} | {
+        "data": data.fingerprint(pairs), "chat template": tokenizer.digest, "dtype": str(dtype),
+        "model": cache.weights_digest(source), "guide": guide_source and cache.weights_digest(guide_source)}
+
+
+def train_guide(run, stage, source, tokenizer):
+    """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. -> its directory."""
+    directory = os.path.join(run.out, "guide")
+    if not processes.first(lambda: os.path.isdir(directory)):
+        guide, _ = train(run, stage, source)
+        export(run, guide, directory, source, tokenizer)
+        del guide
+        release(run)
+    processes.first(lambda: checkpoint.drop_stage(os.path.join(run.out, "checkpoints"), stage.loss))
+    return directory
+
+
+def say_alpha(run, pairs, ref, guide):
+    """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
+    r_hat = [tgdpo.r_hat(g, r, run.options.guide_beta) for g, r, _ in zip(guide, ref, pairs)]
+    r_hat_w = torch.cat([r[:len(pair.chosen)] for r, pair in zip(r_hat, pairs)])
+    r_hat_l = torch.cat([r[len(pair.chosen):] for r, pair in zip(r_hat, pairs)])
+    bounds = {share: tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)}
+    say("f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(
+        *bounds.values()), run.rank)
+    if run.options.alpha >= bounds[1.0]:
+        share = ((1 + run.options.alpha * r_hat_w <= 0).sum() + (1 - run.options.alpha * r_hat_l <= 0).sum())
+        say(f"warning: with alpha {run.options.alpha} f is not positive on {share / (len(r_hat_w) + len(r_hat_l)):.2%} "
+            "of the tokens, whose gradient turns its sign (derive.md)", run.rank)
+
+
+def answer(run, net, tokenizer, pairs):
+    """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text."""
+    prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[:run.options.samples]
+    if not prompts:
+        return []
+    new = model.generate(net, prompts, run.options.sample_tokens, set(tokenizer.end_ids))
+    return [(tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
+            for prompt, ids in zip(prompts, new)]
+
+
+def main(argv=None):
+    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 130 or 143 after a signal."""
+    ranks = None
+    try:
+        options = option_table.resolve(sys.argv[1:] if argv is None else argv)
+        ranks = processes.start(options.timeout_minutes)
+        whole_run(options, ranks)
+        return 0
+    except processes.Stopped as stop:
+        return stop.status
+    except BAD_INPUT as error:
+        return complain(error, ranks, 2)
+    except (RunFailed, checkpoint.CannotSave, OSError, RuntimeError) as error:
+        return complain(error, ranks, 1)
+    finally:
+        processes.stop()
+
+
+def complain(error, ranks, status):
+    """One line on standard error, from one rank."""
+    if ranks is None or ranks.rank == 0:
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
