@@ -36,7 +36,6 @@ class BadCheckpoint(ValueError):
 @dataclass(frozen=True)
 class Config:
     """The fields of config.json that change what the model computes, under their Hugging Face names."""
-    architecture: str               # LlamaForCausalLM or MistralForCausalLM
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -123,7 +122,7 @@ def parse_config(raw, path="config.json"):
     if names[0] == "MistralForCausalLM" and raw.get("sliding_window", 4096) is not None:
         window = number("sliding_window", 4096)
     return Config(
-        architecture=names[0], vocab_size=number("vocab_size"), hidden_size=hidden,
+        vocab_size=number("vocab_size"), hidden_size=hidden,
         intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
         max_position_embeddings=number("max_position_embeddings", 2048),
