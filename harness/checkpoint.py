@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,8 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-FILE_BYTES = 2**30   # a rank's file at most: a file is put together in memory before it is written
-MARGIN = 2**20       # free space asked for beyond what the tensors take, with 1 % and the files' headers
+FILE_BYTES = 2**30   # what a rank writes to one file, about: a file is put together in memory first
 
 
 class CannotSave(RuntimeError):
@@ -61,24 +59,19 @@ def save(directory, step, tensors, state, keep):
         _on_rank_0(_make_room, directory, tmp, tensors)
         _on_all_ranks(_see, tmp)
         storage = dcp.HuggingFaceStorageWriter(str(tmp), _file_of(tensors), save_distributed=True)
-        with warnings.catch_warnings():   # one process without a group is meant, and no cause to warn
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(tensors, storage_writer=storage)
-        files, random_states = {}, []
-        for share, generators in _on_all_ranks(lambda: (_sync(_share(tmp)), random_state())):
-            files |= share
-            random_states.append(generators)
+        dcp.save(tensors, storage_writer=storage)
+        shares, random_states = zip(*_on_all_ranks(lambda: (_sync(_share(tmp)), random_state())))
         content = {
             "state": state | {"step": step, "world_size": _world_size(), "threads": torch.get_num_threads(),
                               "random": random_states},
             "tensors": {name: _signature(tensor) for name, tensor in tensors.items()},
-            "files": files}
+            "files": {name: digest for share in shares for name, digest in share.items()}}
         _on_rank_0(_put_in_place, tmp, final, old, content)
         _on_rank_0(_delete_older, directory, step, keep)
     except (RuntimeError, CheckpointException) as failure:
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise CannotSave(f"{final} is not saved, those before it stand: {_line(failure)}") from failure
+        raise CannotSave(f"{final} is not saved, those before it stand: {line(failure)}") from failure
 
 
 def newest(directory, say=lambda line: None):
@@ -88,13 +81,7 @@ def newest(directory, say=lambda line: None):
     A run killed between its two renames leaves step-N.old alone: then that is the checkpoint of step N.
     Changes nothing, so it may run beside a save. `say` is called with a line for each one passed over.
     """
-    for _, path in _standing(directory):
-        try:
-            _check_files(path, _content(path))
-            return path
-        except BadCheckpointState as reason:
-            say(f"{reason}; passed over")
-    return None
+    return next((path for _, path in _standing(directory) if _is_whole(path, say)), None)
 
 
 def read_state(path, expected=None):
@@ -106,13 +93,24 @@ def read_state(path, expected=None):
     """
     state = _content(path)["state"]
     if expected is not None:
-        there = state.get("identity", {})
-        differ = [f"{name} ({there.get(name)} there, {expected.get(name)} here)"
-                  for name in sorted(there.keys() | expected.keys()) if there.get(name) != expected.get(name)]
-        if differ:
-            raise CheckpointMismatch(f"{path} is of another run, these differ: {', '.join(differ)}; "
-                                     "resume with what it was made with, or start anew with --overwrite")
+        same_run(path, state.get("identity", {}), expected)
     return state
+
+
+def same_run(path, there, here):
+    """Raises CheckpointMismatch, naming what differs, unless the identities `there` (of `path`) and `here` agree."""
+    differ = [f"{name} ({there.get(name)} there, {here.get(name)} here)"
+              for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if differ:
+        raise CheckpointMismatch(f"{path} is of another run, these differ: {', '.join(differ)}; "
+                                 "resume with what it was made with, or start anew with --overwrite")
+
+
+def drop_stage(directory, stage):
+    """Delete the checkpoints in `directory` whose identity names `stage`: that stage is over and its result stands."""
+    for _, path in _standing(directory):
+        if _is_complete(path) and read_state(path).get("identity", {}).get("stage") == stage:
+            shutil.rmtree(path)
 
 
 def load(path, tensors, expected=None):
@@ -137,12 +135,10 @@ def load(path, tensors, expected=None):
 
     if len(places := set(_on_all_ranks(check))) > 1:
         raise BadCheckpointState(f"the ranks were given different checkpoints: {', '.join(sorted(places))}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-        except CheckpointException as failure:
-            raise BadCheckpointState(f"{path} cannot be loaded: {_line(failure)}") from failure
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except CheckpointException as failure:
+        raise BadCheckpointState(f"{path} cannot be loaded: {line(failure)}") from failure
     return read_state(path)
 
 
@@ -189,6 +185,15 @@ def fsync(path):
         os.close(descriptor)
 
 
+def line(failure):
+    """What happened, in one line; a full disk in those words."""
+    if isinstance(failure, CheckpointException):
+        failure = next(iter(failure.failures.values()))[0]
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {failure.strerror}"
+    return " ".join(str(failure).split()) or type(failure).__name__
+
+
 def _text(array):
     return base64.b64encode(array.tobytes()).decode()
 
@@ -204,9 +209,9 @@ def _make_room(directory, tmp, tensors):
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob("step-*.tmp"):
         shutil.rmtree(left)
-    # A shard's header names it, with its dtype, shape and offsets, in less than 512 bytes.
     need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    need += need // 100 + 512 * len(tensors) * _world_size() + MARGIN
+    # The margin: a file's header takes less than 512 bytes for a shard, and the disk has its own bookkeeping.
+    need += 512 * len(tensors) * _world_size() + need // 100 + 2**20
     free = shutil.disk_usage(directory).free
     if free < need:
         raise OSError(errno.ENOSPC, f"it takes {need / 1e9:.3f} GB and the free space in {directory} is "
@@ -221,10 +226,13 @@ def _see(tmp):
 
 def _file_of(tensors):
     """name -> number of the file, from 1, that each rank writes its shard of the tensor to."""
-    written, number = 0, {}
+    number, file, taken = {}, 1, 0
     for name, tensor in tensors.items():
-        number[name] = 1 + written // (FILE_BYTES * _world_size())
-        written += tensor.numel() * tensor.itemsize
+        share = tensor.numel() * tensor.itemsize // _world_size()
+        if taken and taken + share > FILE_BYTES:
+            file, taken = file + 1, 0
+        number[name] = file
+        taken += share
     return number
 
 
@@ -247,7 +255,7 @@ def _put_in_place(tmp, final, old, content):
         file.write(_seal(content))
     fsync(tmp / "state.json")
     fsync(tmp)
-    if _is_complete(final):
+    if _is_whole(final):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     else:
@@ -261,7 +269,7 @@ def _delete_older(directory, step, keep):
     for number, path in _standing(directory):
         if path.name == f"step-{step}":
             continue
-        if number not in kept and len(kept) < keep and _is_complete(path):
+        if number not in kept and len(kept) < keep and _is_whole(path):
             kept.add(number)
         else:   # under a name that is never read, so that a half-deleted one is no checkpoint
             doomed = path.with_suffix(".tmp")
@@ -280,10 +288,11 @@ def _standing(directory):
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _is_complete(path):
+def _is_whole(path, say=lambda line: None):
     try:
         _check_files(path, _content(path))
-    except BadCheckpointState:
+    except BadCheckpointState as reason:
+        say(f"{reason}; passed over")
         return False
     return True
 
@@ -298,26 +307,25 @@ def _seal(content):
 def _content(path):
     try:
         written = (Path(path) / "state.json").read_bytes()
-        content = json.loads(written)
-        whole = isinstance(content, dict) and content.pop("sha256", None) and _seal(content) == written
     except OSError as reason:
         raise BadCheckpointState(f"{path} is not whole: state.json: {reason.strerror}") from reason
-    except ValueError:
-        whole = False
-    if not whole:
-        raise BadCheckpointState(f"{path / 'state.json'} is damaged, its digest is not the one it holds")
-    return content
+    try:
+        content = json.loads(written)
+        del content["sha256"]
+        if _seal(content) == written:
+            return content
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass   # no JSON, or not what save writes
+    raise BadCheckpointState(f"{path}/state.json is damaged: its digest is not the one it holds")
 
 
 def _check_files(path, content):
     there = {file.name: file.stat().st_size for file in Path(path).glob("*.safetensors")}
-    for name in sorted(there.keys() | content["files"].keys()):
-        if name not in there:
-            raise BadCheckpointState(f"{path} is not whole: {name} is missing")
-        if name not in content["files"]:
-            raise BadCheckpointState(f"{path} is not whole: state.json does not list {name}")
-        if there[name] != (size := content["files"][name]["size"]):
-            raise BadCheckpointState(f"{path} is not whole: {name} has {there[name]} of {size} bytes")
+    listed = {name: file["size"] for name, file in content["files"].items()}
+    for name in sorted(there.keys() | listed.keys()):
+        if there.get(name) != listed.get(name):
+            raise BadCheckpointState(f"{path} is not whole: {name} has {there.get(name, 'no')} bytes, "
+                                     f"by its state.json {listed.get(name, 'no')}")
 
 
 def _signature(tensor):
@@ -348,7 +356,7 @@ def _on_all_ranks(work, *arguments):
         outcome = (work(*arguments), None, None)
     except Exception as failure:
         kind = type(failure) if isinstance(failure, BadCheckpointState) else RuntimeError
-        outcome = (None, kind, _line(failure))
+        outcome = (None, kind, line(failure))
     outcomes = [outcome]
     if dist.is_initialized():
         outcomes = [None] * _world_size()
@@ -361,12 +369,3 @@ def _on_all_ranks(work, *arguments):
 
 def _on_rank_0(work, *arguments):
     _on_all_ranks(work if _rank() == 0 else lambda *_: None, *arguments)
-
-
-def _line(failure):
-    """What happened, in one line."""
-    if isinstance(failure, CheckpointException):
-        failure = next(iter(failure.failures.values()))[0]
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {failure.strerror}"
-    return " ".join(str(failure).split()) or type(failure).__name__
