@@ -1,7 +1,13 @@
-"""The mathematics of TGDPO: tensors and floats in, tensors out. derive.md explains it, step by step.
+"""The mathematics of TGDPO: tensors and floats in, tensors out. derive.md proves it under the same labels.
 
-Letters: B pairs, T tokens of the longer response. Suffix _w chosen, _l rejected.
-A per-token table of a batch is a [B, T] tensor, 0 where there is no response token.
+D1-D8 are the derivation, on problems small enough to enumerate. A policy is a table logp [S, A]: the
+log-probability of each action (token) in each state (the prompt and the tokens so far). reward and f are tables
+of the same shape; child [S, A], int64, is the state that follows, -1 where the response ends. State 0 is the
+prompt, and a state comes before its children.
+D9-D16, with phi of D7, are what training calls. A model is a pair (chosen, rejected) of tensors [B, T] of
+per-token log-probs, 0 where there is no response token; chosen and rejected may differ in T.
+
+Letters: S states, A actions, B pairs, T tokens. Suffix _w chosen, _l rejected. beta > 0, alpha >= 0.
 """
 
 import math
@@ -12,40 +18,101 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_log_ratios(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """log pi(a_t|s_t) / pi_ref(a_t|s_t), [B, T]. Padding, where both are 0, gives 0 and takes no gradient.
+def sequence_objective(logp: Tensor, ref_logp: Tensor, reward: Tensor, child: Tensor, beta: float) -> Tensor:
+    """D1: E_{y~pi} sum_t [ r(s_t,a_t) - beta log pi/pi_ref(a_t|s_t) ], what PPO maximises; a number."""
+    value = [logp.new_zeros(())] * (len(logp) + 1)  # one a state; the last, index -1, is the end
+    for s in reversed(range(len(logp))):
+        to_go = torch.stack([value[c] for c in child[s].tolist()])  # [A]
+        value[s] = (logp[s].exp() * (reward[s] - beta * (logp[s] - ref_logp[s]) + to_go)).sum()
+    return value[0]
 
-    A response token whose log-probs are both exactly 0 (probability 1) is masked likewise: nothing moves it.
+
+def state_distributions(logp: Tensor, child: Tensor, steps: int) -> Tensor:
+    """D2 (Theorem 4.1): D_t(s), the probability that the policy stands in s at step t; [steps, S].
+
+    sequence_objective = sum_t D_t @ token_objective, so its maximum is at most the sum of the steps' maxima.
+    """
+    goes_on = child >= 0
+    d_t = F.one_hot(torch.tensor(0), len(logp)).to(logp.dtype)  # [S]
+    rows = [d_t]
+    for _ in range(steps - 1):
+        flow = d_t[:, None] * logp.exp()  # [S, A]
+        d_t = torch.zeros_like(d_t).index_add(0, child[goes_on], flow[goes_on])
+        rows.append(d_t)
+    return torch.stack(rows)
+
+
+def token_objective(logp: Tensor, ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """D3: E_{a~pi} [ r(s,a) - beta log pi/pi_ref(a|s) ] of each state, [S]; to be weighed by a fixed D(s)."""
+    return (logp.exp() * (reward - beta * (logp - ref_logp))).sum(-1)
+
+
+def guided_objective(logp: Tensor, ref_logp: Tensor, reward: Tensor, f: Tensor, beta: float) -> Tensor:
+    """D4: E_{a~pi} [ r(s,a) / (beta f(r_hat(s,a))) - log pi/pi_ref(a|s) ] of each state, [S]. f > 0."""
+    return (logp.exp() * (reward / (beta * f) - (logp - ref_logp))).sum(-1)
+
+
+def closed_form(ref_logp: Tensor, reward: Tensor, f: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """D5 (Theorem 4.3): the maximiser of guided_objective, pi* = pi_ref exp(r / (beta f)) / Z.
+
+    Returns log pi* [S, A] and log Z [S], Z(s) = E_{a~pi_ref} exp(r(s,a) / (beta f(s,a))).
+    """
+    logits = ref_logp + reward / (beta * f)
+    log_z = logits.logsumexp(-1)
+    return logits - log_z[:, None], log_z
+
+
+def inverted_reward(logp: Tensor, ref_logp: Tensor, log_z: Tensor, f: Tensor, beta: float) -> Tensor:
+    """D6: r = beta f log pi*/pi_ref + beta f log Z, [S, A]: the reward of which logp is the closed form."""
+    return beta * f * (logp - ref_logp + log_z[:, None])
+
+
+def phi(logratio_w: Tensor, logratio_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
+    """D7: phi = sum_t beta f_w log(pi/pi_ref)_w - sum_t beta f_l log(pi/pi_ref)_l. [B, T] each, [B] out."""
+    return beta * ((f_w * logratio_w).sum(-1) - (f_l * logratio_l).sum(-1))
+
+
+def preference(phi: Tensor, delta: Tensor) -> Tensor:
+    """D7: Pr(y_w > y_l | x) = sigma(phi + delta), Bradley-Terry with the rewards of D6. [B]"""
+    return torch.sigmoid(phi + delta)
+
+
+def delta(log_z_w: Tensor, log_z_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
+    """D8 (Theorem 4.4): delta = sum_t beta f_w log Z(s_w) - sum_t beta f_l log Z(s_l), [B]; no policy in it.
+
+    log_z_w, log_z_l: [B, T], log Z of the states in which the tokens were chosen, 0 where there is no token.
+    """
+    return beta * ((f_w * log_z_w).sum(-1) - (f_l * log_z_l).sum(-1))
+
+
+def r_hat(guide_logp: Tensor, ref_logp: Tensor, guide_beta: float) -> Tensor:
+    """D9, and D16 for SimPO's guides: r_hat = guide_beta log pi_guide/pi_ref(a|s), any shape; no gradient."""
+    return guide_beta * (guide_logp - ref_logp).detach()
+
+
+def f_w(r_hat: Tensor, alpha: float) -> Tensor:
+    """D10: f_w = 1 + alpha r_hat, the weight of each token of the chosen response; the shape of r_hat."""
+    return 1 + alpha * r_hat
+
+
+def f_l(r_hat: Tensor, alpha: float) -> Tensor:
+    """D10: f_l = 1 - alpha r_hat, the weight of each token of the rejected response; the shape of r_hat."""
+    return 1 - alpha * r_hat
+
+
+def token_log_ratios(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """D11: log pi/pi_ref(a_t|s_t), [B, T]. Padding, where both are exactly 0, gives 0 and takes no gradient.
+
+    So does a token to which both give probability 1: its logits have next to no gradient in any case.
     """
     padding = (logp == 0) & (ref_logp == 0)
     return (logp - ref_logp.detach()).masked_fill(padding, 0)
 
 
-def r_hat(guide_logp: Tensor, ref_logp: Tensor, guide_beta: float) -> Tensor:
-    """r_hat = guide_beta log pi_guide(a|s) / pi_ref(a|s), [B, T], a constant: it carries no gradient."""
-    return guide_beta * (guide_logp - ref_logp).detach()
-
-
-def f_w(r_hat: Tensor, alpha: float) -> Tensor:
-    """f_w = 1 + alpha r_hat: the weight of each token of the chosen response, the shape of r_hat."""
-    return 1 + alpha * r_hat
-
-
-def f_l(r_hat: Tensor, alpha: float) -> Tensor:
-    """f_l = 1 - alpha r_hat: the weight of each token of the rejected response, the shape of r_hat."""
-    return 1 - alpha * r_hat
-
-
-def phi(logratio_w: Tensor, logratio_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
-    """phi = sum_t beta f_w log(pi/pi_ref)_w - sum_t beta f_l log(pi/pi_ref)_l. Four [B, T] in, [B] out."""
-    return beta * ((f_w * logratio_w).sum(-1) - (f_l * logratio_l).sum(-1))
-
-
 class Loss(NamedTuple):
-    """What every loss returns, a number a pair: each field is [B].
+    """What each loss returns, one number a pair: every field is [B]. SimPO's last three are None: no reference.
 
-    dpo_margin is beta (logratio_w - logratio_l), logratio_w and _l are log pi(y|x) / pi_ref(y|x) of the
-    whole response. SimPO knows no reference: there these three are None.
+    dpo_margin = beta (logratio_w - logratio_l), and logratio = log pi(y|x) / pi_ref(y|x), summed over tokens.
     """
 
     losses: Tensor
@@ -56,80 +123,80 @@ class Loss(NamedTuple):
 
 
 def tgdpo_loss(policy, ref, guide, beta: float, alpha: float, guide_beta: float | None = None) -> Loss:
-    """-log sigma(phi), pair by pair.
+    """D11: -log sigma(phi), pair by pair; only the policy receives a gradient.
 
-    policy, ref, guide: (chosen, rejected), each [B, T] per-token log-probs, 0 where there is no response
-    token; chosen and rejected may have different T. guide_beta scales r_hat; None means beta.
-    Only the policy receives a gradient. ValueError: shapes that differ, beta <= 0, guide_beta <= 0, alpha < 0.
+    policy, ref, guide: (chosen, rejected), each [B, T] per-token log-probs, 0 where there is no token.
+    guide_beta scales r_hat; None means beta. ValueError: shapes that differ, a beta <= 0, alpha < 0.
     """
     guide_beta = beta if guide_beta is None else guide_beta
-    _check_pairs(policy=policy, ref=ref, guide=guide)
+    _check_shapes(policy, ref=ref, guide=guide)
     _check_positive(beta=beta, guide_beta=guide_beta)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha is {alpha}: it must be a number >= 0")
-    ratio_w, ratio_l = map(token_log_ratios, policy, ref)
+    ratio_w, ratio_l = map(token_log_ratios, policy, ref)  # [B, T] each
     weight_w = f_w(r_hat(guide[0], ref[0], guide_beta), alpha)
     weight_l = f_l(r_hat(guide[1], ref[1], guide_beta), alpha)
-    margin = phi(ratio_w, ratio_l, weight_w, weight_l, beta)
+    margin = phi(ratio_w, ratio_l, weight_w, weight_l, beta)  # [B]
     logratio_w, logratio_l = ratio_w.sum(-1), ratio_l.sum(-1)
     return Loss(-F.logsigmoid(margin), margin, beta * (logratio_w - logratio_l), logratio_w, logratio_l)
 
 
-def largest_alpha(r_hat_w: Tensor, r_hat_l: Tensor, share: float = 1.0) -> float:
-    """The supremum of the alpha at which f > 0 on at least `share` of the tokens: exactly, every alpha
-    below it does and alpha equal to it does not. inf where no token can reach f <= 0.
+def token_gradients(phi: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """D12: the gradient of each pair's loss in its tokens' log-probs, chosen and rejected, [B, T] each.
 
-    r_hat_w, r_hat_l: r_hat of the response tokens of a cache (no padding), any shape. 0 < share <= 1.
+    -sigma(-phi) beta f_w on a chosen token, +sigma(-phi) beta f_l on a rejected one. phi is [B].
+    """
+    strength = beta * torch.sigmoid(-phi)[:, None]
+    return -strength * f_w, strength * f_l
+
+
+def largest_alpha(r_hat_w: Tensor, r_hat_l: Tensor, share: float = 1.0) -> float:
+    """D13: the supremum of the alpha that keep f > 0 on at least this share of the tokens (0 < share <= 1).
+
+    Every alpha below it does, alpha equal to it does not (f = 0 counts as lost); inf where every alpha does.
+    r_hat_w, r_hat_l: r_hat of all chosen and all rejected response tokens, without padding, any shape.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}: it must lie in (0, 1]")
     slope = torch.cat([-r_hat_w.flatten(), r_hat_l.flatten()])  # f = 1 - alpha slope on both sides
-    if slope.numel() == 0:
-        return math.inf
-    kept = math.ceil(round(share * slope.numel(), 6))  # rounded: 0.07 * 100 is 7.000000000000001
-    steepest = slope.kthvalue(max(kept, 1)).values.item()
+    kept = math.ceil(round(share * len(slope), 6))  # rounded, because 0.07 * 100 is 7.000000000000001
+    steepest = slope.kthvalue(max(kept, 1)).values.item() if len(slope) else 0.0
     return 1 / steepest if steepest > 0 else math.inf
 
 
 def dpo_loss(policy, ref, beta: float) -> Loss:
-    """DPO: -log sigma(beta log pi(y_w)/pi_ref(y_w) - beta log pi(y_l)/pi_ref(y_l)). Arguments as in tgdpo_loss."""
-    _check_pairs(policy=policy, ref=ref)
+    """D14: -log sigma(beta log pi/pi_ref(y_w|x) - beta log pi/pi_ref(y_l|x)); arguments as in tgdpo_loss."""
+    _check_shapes(policy, ref=ref)
     _check_positive(beta=beta)
-    logratio_w, logratio_l = (token_log_ratios(logp, ref_logp).sum(-1) for logp, ref_logp in zip(policy, ref))
+    logratio_w, logratio_l = (ratio.sum(-1) for ratio in map(token_log_ratios, policy, ref))  # [B] each
     margin = beta * (logratio_w - logratio_l)
     return Loss(-F.logsigmoid(margin), margin, margin, logratio_w, logratio_l)
 
 
 def simpo_loss(policy, lengths, beta: float, gamma: float) -> Loss:
-    """SimPO: -log sigma(phi - gamma), phi = beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x).
+    """D15: -log sigma(phi - gamma), phi = beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x); no reference.
 
-    lengths: (chosen, rejected), each B response lengths in tokens, all at least 1. gamma: the margin itself.
+    lengths: (chosen, rejected), each B numbers of response tokens, at least 1. gamma: the margin itself.
     """
-    _check_pairs(policy=policy)
+    _check_shapes(policy)
     _check_positive(beta=beta)
-    mean_w, mean_l = (logp.sum(-1) / _lengths(length, logp) for logp, length in zip(policy, lengths))
+    lengths = [torch.as_tensor(n, dtype=policy[0].dtype, device=policy[0].device) for n in lengths]
+    if any(n.shape != policy[0].shape[:1] or bool((n < 1).any()) for n in lengths):
+        raise ValueError(f"lengths must be {len(policy[0])} numbers of at least 1 for each side, one a pair")
+    mean_w, mean_l = (logp.sum(-1) / n for logp, n in zip(policy, lengths))  # [B] each
     margin = beta * (mean_w - mean_l)
     return Loss(-F.logsigmoid(margin - gamma), margin, None, None, None)
 
 
-def _lengths(lengths, logp: Tensor) -> Tensor:
-    lengths = torch.as_tensor(lengths, dtype=logp.dtype, device=logp.device)
-    if lengths.shape != logp.shape[:1] or not bool((lengths >= 1).all()):
-        raise ValueError(f"lengths must be {len(logp)} numbers of at least 1, one a pair")
-    return lengths
+def _check_shapes(policy, **frozen):
+    for name, pair in {"policy": policy, **frozen}.items():
+        for side, tensor, like in zip(("chosen", "rejected"), pair, policy):
+            if tensor.dim() != 2 or tensor.shape != like.shape or len(tensor) != len(policy[0]):
+                raise ValueError(f"{name} {side} has the shape {list(tensor.shape)}: all tensors must be [B, T], "
+                                 "with one B, and with one T for all chosen and one for all rejected")
 
 
-def _check_pairs(**pairs):
-    first = next(iter(pairs))
-    for side, name in enumerate(("chosen", "rejected")):
-        for model, pair in pairs.items():
-            shape, expected = tuple(pair[side].shape), tuple(pairs[first][side].shape)
-            if len(shape) != 2 or shape != expected or shape[0] != len(pairs[first][0]):
-                raise ValueError(f"{model} {name} is {list(shape)}: every {name} tensor must be one [B, T], "
-                                 f"with B that of {first} chosen, {len(pairs[first][0])}")
-
-
-def _check_positive(**numbers):
+def _check_positive(**numbers: float):
     for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: it must be a number > 0")

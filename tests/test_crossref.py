@@ -1,0 +1,113 @@
+"""derive.md, tgdpo.py and the tests tell one story: the same labels, names that exist, maths that GitHub renders."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from derive_text import ROOT, TEXT, sections
+
+import tgdpo
+
+SECTIONS = sections()
+# What tgdpo.py defines for its readers: {name: docstring}, in the file's order.
+FUNCTIONS = {node.name: ast.get_docstring(node) for node in ast.parse((ROOT / "tgdpo.py").read_text()).body
+             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+TESTS = {path.name: re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+         for path in (ROOT / "tests").glob("test_*.py")}
+
+
+def labels(text):
+    return re.findall(r"\bD\d+\b", text)
+
+
+def footer(label):
+    return re.search(r"^(Paper: .*?)?Code: .*", SECTIONS[label], re.MULTILINE | re.DOTALL)[0]
+
+
+def links(text):
+    """[(name in backquotes, file)] of the links in the text."""
+    return re.findall(r"\[`(\w+)`\]\(([\w./]+)\)", text)
+
+
+def test_headings_docstrings_and_tests_have_the_same_labels():
+    headings = [f"D{k}" for k in range(1, len(SECTIONS) + 1)]
+    assert list(SECTIONS) == headings
+    assert re.findall(r"^#+ (D\d+)", TEXT, re.MULTILINE) == headings
+    assert all(FUNCTIONS.values()) and {label for text in FUNCTIONS.values() for label in labels(text)} == set(headings)
+    named = {label for tests in TESTS.values() for test in tests for label in re.findall(r"^test_(D\d+)_", test)}
+    assert named == set(headings)
+
+
+def test_functions_stand_in_the_order_of_the_page():
+    first = [int(labels(text)[0][1:]) for text in FUNCTIONS.values()]
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("label", SECTIONS)
+def test_each_step_has_one_formula_few_lines_and_a_footer(label):
+    text = SECTIONS[label]
+    formulas = re.findall(r"^```math\n.*?^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(formulas) == 1
+    prose = text.replace(formulas[0], "").replace(footer(label), "").splitlines()[1:]
+    assert sum(bool(line.strip()) for line in prose) <= 12 and max(map(len, prose)) <= 120
+    code, tests = footer(label).split("Tests: ")
+    assert links(code) and links(tests)
+    for name, file in links(code):
+        assert file == "tgdpo.py" and label in labels(FUNCTIONS[name])
+    assert any(name.startswith(f"test_{label}_") for name, _ in links(tests))
+    assert f"| {label} |" in TEXT     # a row of the table of kinds
+
+
+def test_each_function_stands_at_its_steps():
+    for name, text in FUNCTIONS.items():
+        for label in labels(text.split(":")[0]):
+            assert (name, "tgdpo.py") in links(footer(label)), f"{name} says {label}, whose footer lacks it"
+
+
+def test_theorems_are_the_papers_and_the_same_in_page_and_code():
+    theorems = {"D2": "4.1", "D5": "4.3", "D8": "4.4"}
+    for label in SECTIONS:
+        cited = re.findall(r"Paper: Theorem (\d\.\d)", footer(label))
+        assert cited == ([theorems[label]] if label in theorems else [])
+    in_code = {labels(text)[0]: number for text in FUNCTIONS.values()
+               for number in re.findall(r"Theorem (\d\.\d)", text)}
+    assert in_code == theorems
+
+
+def test_what_the_page_names_exists():
+    for name, file in links(TEXT):
+        if file.startswith("tests/"):
+            assert name in TESTS[Path(file).name], f"{file} has no {name}"
+        else:
+            assert file == "tgdpo.py" and hasattr(tgdpo, name)
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert target.startswith("https://") or (ROOT / target).is_file(), f"{target} does not exist"
+    for test in re.findall(r"\btest_\w+", TEXT):
+        assert any(test in tests or f"{test}.py" in TESTS for tests in TESTS.values()), test
+    notation = TEXT.split("## Notation")[1].split("##")[0]
+    known = set(FUNCTIONS) | {word for name in FUNCTIONS for word in getattr(tgdpo, name).__code__.co_varnames}
+    for row in notation.splitlines():
+        for name in re.findall(r"`(\w+)`", row):
+            assert name.strip("_") in known | {"w", "l", "guide_logp", "sigmoid", "gamma"}, name
+
+
+def test_the_maths_is_such_as_github_renders():
+    assert TEXT.count("```") % 2 == 0
+    prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"`[^`\n]+`", "code", prose)
+    for paragraph in re.split(r"\n\s*\n|\n(?=[|])", prose):
+        pieces = paragraph.split("$")
+        assert len(pieces) % 2 == 1, f"a $ without its partner: {paragraph}"
+        for k in range(1, len(pieces), 2):
+            maths, before, after = pieces[k], pieces[k - 1], pieces[k + 1]
+            assert maths == maths.strip() and "\n" not in maths, maths
+            # Markdown has the first say: it must find no emphasis, escape, tag or table cell in the maths.
+            assert not re.search(r"[*<>]|\\[^A-Za-z]|(^|[^A-Za-z0-9])_", maths), maths
+            assert not (paragraph.startswith("|") and "|" in maths), maths
+            assert not before or before[-1] in " \n(,|", f"{before[-9:]}${maths}$"
+            assert not after or after[0] in " \n.,;:)?|", f"${maths}${after[:9]}"
+    blocks = re.findall(r"^```math\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    for maths in [*re.findall(r"\$([^$\n]+)\$", prose), *blocks]:
+        assert maths.count("{") == maths.count("}")
+        assert not re.search(r"\\(label|ref|tag|operatorname|DeclareMath|newcommand|begin|def)\b", maths), maths
+        assert len(re.findall(r"\\[Bb]igg?\[|\\left", maths)) == len(re.findall(r"\\[Bb]igg?\]|\\right(?!a)", maths))
