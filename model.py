@@ -110,6 +110,8 @@ def parse_config(raw, path="config.json"):
         raise bad("high_freq_factor must be greater than low_freq_factor")
 
     heads, hidden = number("num_attention_heads"), number("hidden_size")
+    if number("num_hidden_layers") > 1000:
+        raise bad(f"num_hidden_layers is {raw['num_hidden_layers']}, more than any model has")
     kv_heads = number("num_key_value_heads", heads)
     if heads % kv_heads:
         raise bad(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
