@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-FILE_BYTES = 2**30   # what a rank writes to one file, about: a file is put together in memory first
+FILE_BYTES = 2**28   # what a rank writes to one file, about: a file is put together in memory first
 
 
 class CannotSave(RuntimeError):
@@ -70,7 +70,7 @@ def save(directory, step, tensors, state, keep):
         _on_rank_0(_delete_older, directory, step, keep)
     except (RuntimeError, CheckpointException) as failure:
         if _rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)      # gives a full disk its room back
         raise CannotSave(f"{final} is not saved, those before it stand: {line(failure)}") from failure
 
 
@@ -98,7 +98,8 @@ def read_state(path, expected=None):
 
 
 def same_run(path, there, here):
-    """Raises CheckpointMismatch, naming what differs, unless the identities `there` (of `path`) and `here` agree."""
+    """Raises CheckpointMismatch, naming what differs, unless the identity `there`, at `path`, is `here`."""
+    here = json.loads(json.dumps(here))     # as `there` was read: a tuple is a list by now
     differ = [f"{name} ({there.get(name)} there, {here.get(name)} here)"
               for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if differ:
@@ -107,10 +108,10 @@ def same_run(path, there, here):
 
 
 def drop_stage(directory, stage):
-    """Delete the checkpoints in `directory` whose identity names `stage`: that stage is over and its result stands."""
+    """Delete the checkpoints in `directory` whose identity names `stage`: it is over, its result stands."""
     for _, path in _standing(directory):
-        if _is_complete(path) and read_state(path).get("identity", {}).get("stage") == stage:
-            shutil.rmtree(path)
+        if _is_whole(path) and read_state(path).get("identity", {}).get("stage") == stage:
+            _delete(path)
 
 
 def load(path, tensors, expected=None):
@@ -271,10 +272,15 @@ def _delete_older(directory, step, keep):
             continue
         if number not in kept and len(kept) < keep and _is_whole(path):
             kept.add(number)
-        else:   # under a name that is never read, so that a half-deleted one is no checkpoint
-            doomed = path.with_suffix(".tmp")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+        else:
+            _delete(path)
+
+
+def _delete(path):
+    """Under a name that is never read, so that half of a checkpoint never stands."""
+    doomed = path.with_suffix(".tmp")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 # What stands in a directory, and whether it is whole.
@@ -361,9 +367,9 @@ def _on_all_ranks(work, *arguments):
     if dist.is_initialized():
         outcomes = [None] * _world_size()
         dist.all_gather_object(outcomes, outcome)
-    for _, kind, line in outcomes:
+    for _, kind, words in outcomes:
         if kind is not None:
-            raise kind(line)
+            raise kind(words)
     return [result for result, _, _ in outcomes]
 
 
