@@ -45,6 +45,8 @@ BAD_INPUT = (BadOption, data.BadData, model.BadCheckpoint, checkpoint.BadCheckpo
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")   # for a rank without pairs
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")      # beside the progress bar
 
 
@@ -116,7 +118,7 @@ def release(run):
         torch.cuda.empty_cache()
 
 
-def export(run, net, directory, source, tokenizer):
+def export(run, net, directory, source):
     """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     stream = ((name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
@@ -125,7 +127,10 @@ def export(run, net, directory, source, tokenizer):
 
     def write():
         processes.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
-        model.save_model(directory, source, shapes, stream, run.dtype, tokenizer.files)
+        copies = [(os.path.join(source, name), name) for name in TOKENIZER_FILES]
+        if run.options.chat_template:
+            copies.append((run.options.chat_template, "chat_template.jinja"))
+        model.save_model(directory, source, shapes, stream, run.dtype, [c for c in copies if os.path.exists(c[0])])
 
     def drain():
         for _ in stream:
@@ -417,12 +422,12 @@ def whole_run(options, ranks):
     if options.loss != "simpo":
         ref = cached_log_probs(run, "ref", source, pairs + eval_pairs)
     if options.loss == "tgdpo":
-        guide_source = guide_source or train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source, tokenizer)
+        guide_source = guide_source or train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source)
         guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs)
         say_alpha(run, pairs, ref, guide)
     stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
     policy, final = train(run, stage, source)
-    export(run, policy, os.path.join(out, "policy"), source, tokenizer)
+    export(run, policy, os.path.join(out, "policy"), source)
 
     shown = eval_pairs or pairs
     if final is None:
@@ -499,12 +504,12 @@ def describe(options, source, guide_source, tokenizer, pairs, dtype):
         "model": cache.weights_digest(source), "guide": guide_source and cache.weights_digest(guide_source)}
 
 
-def train_guide(run, stage, source, tokenizer):
+def train_guide(run, stage, source):
     """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. -> its directory."""
     directory = os.path.join(run.out, "guide")
     if not processes.first(lambda: os.path.isdir(directory)):
         guide, _ = train(run, stage, source)
-        export(run, guide, directory, source, tokenizer)
+        export(run, guide, directory, source)
         del guide
         release(run)
     processes.first(lambda: checkpoint.drop_stage(os.path.join(run.out, "checkpoints"), stage.loss))

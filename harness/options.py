@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 import textwrap
 import tomllib
 import types
@@ -207,6 +208,16 @@ def resolve(argv):
         if chosen.get(name):
             chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
     return Options(**chosen)
+
+
+def answer_early(argv):
+    """Answer --help and refuse bad options before torch is imported, which takes seconds; else do nothing."""
+    try:
+        resolve(argv)
+    except BadOption as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def to_toml(options):
