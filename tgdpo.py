@@ -1,9 +1,9 @@
 """The mathematics of TGDPO: tensors and floats in, tensors out. derive.md proves it under the same labels.
 
 D1-D8 are the derivation, on problems small enough to enumerate. A policy is a table logp [S, A]: the
-log-probability of each action (token) in each state (the prompt and the tokens so far). reward and f are tables
-of the same shape; child [S, A], int64, is the state that follows, -1 where the response ends. State 0 is the
-prompt, and a state comes before its children.
+log-probability of each action (token) in each state (the prompt and the tokens so far). reward and f are
+tables of the same shape; child [S, A], int64, is the state that follows, -1 where the response ends. State 0
+is the prompt, and a state comes before its children.
 D9-D16, with phi of D7, are what training calls. A model is a pair (chosen, rejected) of tensors [B, T] of
 per-token log-probs, 0 where there is no response token; chosen and rejected may differ in T.
 
@@ -110,7 +110,7 @@ def token_log_ratios(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """What each loss returns, one number a pair: every field is [B]. SimPO's last three are None: no reference.
+    """What each loss returns, a number a pair: every field is [B]. SimPO's last three are None: no reference.
 
     dpo_margin = beta (logratio_w - logratio_l), and logratio = log pi(y|x) / pi_ref(y|x), summed over tokens.
     """
@@ -192,8 +192,8 @@ def _check_shapes(policy, **frozen):
     for name, pair in {"policy": policy, **frozen}.items():
         for side, tensor, like in zip(("chosen", "rejected"), pair, policy):
             if tensor.dim() != 2 or tensor.shape != like.shape or len(tensor) != len(policy[0]):
-                raise ValueError(f"{name} {side} has the shape {list(tensor.shape)}: all tensors must be [B, T], "
-                                 "with one B, and with one T for all chosen and one for all rejected")
+                raise ValueError(f"{name} {side} has shape {list(tensor.shape)}: all tensors must be [B, T] "
+                                 "with one B, with one T for all chosen and one for all rejected")
 
 
 def _check_positive(**numbers: float):

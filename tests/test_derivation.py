@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from derive_text import quoted
+from pytest import approx
 from torch import Tensor
 
 import tgdpo
@@ -38,6 +39,10 @@ def grow(actions, steps):
 
 TREE = grow(actions=3, steps=3)     # 7 states, 15 responses
 BETA = 0.7
+
+
+def same(ours, expected, atol=1e-12):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
 
 
 def rng(seed):
@@ -72,13 +77,13 @@ def enumerated_objective(logp, ref, reward, beta, tree=TREE):
 
 
 def enumerated_optimum(ref, reward, beta, tree=TREE):
-    """The optimum over all distributions on responses and its value: a tilt of pi_ref(y), Gibbs' principle."""
+    """The optimum over all distributions of responses and its value: pi_ref(y), tilted (Gibbs' principle)."""
     tilted = [math.exp(total(ref, y) + total(reward, y) / beta) for y in tree.responses]
     return [w / math.fsum(tilted) for w in tilted], beta * log(math.fsum(tilted))
 
 
 def soft_values(ref, reward, beta, tree=TREE):
-    """V(s), what the best policy still gains from s on, by dynamic programming from the leaves; V(end) = 0."""
+    """V(s), what the best policy still earns from s on, by dynamic programming from the end, V(end) = 0."""
     value = [0.0] * (len(tree.child) + 1)
     for s in reversed(range(len(tree.child))):
         value[s] = beta * log(math.fsum(
@@ -109,8 +114,8 @@ def ascend(objective, shape):
     return logits.detach().log_softmax(-1)
 
 
-# The example of D2, D3 and D9: two tokens, two steps, pi_ref uniform, beta = 1.
-# At the prompt token a earns log 3 and b nothing; after a nothing more can be earned, after b any token earns log 5.
+# The example of D2, D3 and D9: tokens yes and no, two steps, pi_ref uniform, beta = 1.
+# At the prompt yes earns log 3; after yes nothing more can be earned, after no any token earns log 5.
 HAND = Tree(torch.tensor([[1, 2], [-1, -1], [-1, -1]]), [0, 1, 1],
             [[(0, a), (1 + a, c)] for a in (0, 1) for c in (0, 1)])
 HAND_REF = torch.full((3, 2), 0.5, dtype=F64).log()
@@ -124,113 +129,116 @@ def every_policy_of_hand(points=49):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D1_the_objective_is_that_of_all_responses_enumerated(seed):
+def test_D1_objective_of_all_responses(seed):
     draw = rng(seed)
     logp, ref, reward = policy(draw), policy(draw), table(draw)
-    assert math.fsum(probabilities(logp)) == pytest.approx(1, abs=1e-12)
+    assert math.fsum(probabilities(logp)) == approx(1, abs=1e-12)
     ours = tgdpo.sequence_objective(logp, ref, reward, TREE.child, BETA).item()
-    assert ours == pytest.approx(enumerated_objective(logp, ref, reward, BETA), abs=1e-12)
+    assert ours == approx(enumerated_objective(logp, ref, reward, BETA), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D2_state_distributions_and_the_sum_over_steps(seed):
+def test_D2_state_distributions(seed):
     draw = rng(seed)
     logp, ref, reward = policy(draw), policy(draw), table(draw)
     d = tgdpo.state_distributions(logp, TREE.child, 3)
     for t, s in itertools.product(range(3), range(7)):
         passing = math.fsum(p for p, y in zip(probabilities(logp), TREE.responses)
                             if len(y) > t and y[t][0] == s)
-        assert d[t, s].item() == pytest.approx(passing, abs=1e-14)
+        assert d[t, s].item() == approx(passing, abs=1e-14)
     steps = d @ tgdpo.token_objective(logp, ref, reward, BETA)
-    assert steps.sum().item() == pytest.approx(enumerated_objective(logp, ref, reward, BETA), abs=1e-12)
+    assert steps.sum().item() == approx(enumerated_objective(logp, ref, reward, BETA), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_D2_theorem_4_1_with_both_sides_enumerated(seed):
+def test_D2_theorem_4_1(seed):
     draw = rng(seed)
     ref, reward = policy(draw), table(draw)
     best, left = enumerated_optimum(ref, reward, BETA)
     # The left side three times over: Gibbs' principle, dynamic programming, search.
     star = sequence_optimal(ref, reward, BETA)
-    assert probabilities(star) == pytest.approx(best, abs=1e-12)
-    assert soft_values(ref, reward, BETA)[0] == pytest.approx(left, abs=1e-12)
-    assert tgdpo.sequence_objective(star, ref, reward, TREE.child, BETA).item() == pytest.approx(left, abs=1e-12)
+    assert probabilities(star) == approx(best, abs=1e-12)
+    assert soft_values(ref, reward, BETA)[0] == approx(left, abs=1e-12)
+    assert tgdpo.sequence_objective(star, ref, reward, TREE.child, BETA).item() == approx(left, abs=1e-12)
     found = ascend(lambda p: tgdpo.sequence_objective(p, ref, reward, TREE.child, BETA), ref.shape)
     assert left - 1e-8 < enumerated_objective(found, ref, reward, BETA) <= left + 1e-12
     # The right side: at step t a policy may walk to the best state of that depth (or end before), which costs
     # it nothing at step t, and be optimal there.
     optimal = ascend(lambda p: tgdpo.token_objective(p, ref, reward, BETA).sum(), ref.shape)
     at_state = tgdpo.token_objective(optimal, ref, reward, BETA).tolist()
-    right = [max([v for v, depth in zip(at_state, TREE.depth) if depth == t] + [0.0] * (t > 0)) for t in range(3)]
+    right = [max([v for v, depth in zip(at_state, TREE.depth) if depth == t] + [0.0] * (t > 0))
+             for t in range(3)]
     assert left < sum(right)
     for _ in range(300):
         other = policy(draw, scale=4)
-        steps = tgdpo.state_distributions(other, TREE.child, 3) @ tgdpo.token_objective(other, ref, reward, BETA)
+        d = tgdpo.state_distributions(other, TREE.child, 3)
+        steps = d @ tgdpo.token_objective(other, ref, reward, BETA)
         assert all(step <= bound + 1e-6 for step, bound in zip(steps.tolist(), right))
         assert steps.sum().item() <= left + 1e-12
 
 
-def test_D2_the_gap_by_hand_and_a_tight_case():
+def test_D2_gap_by_hand_and_a_tight_case():
     policies = every_policy_of_hand()
     values = [enumerated_objective(p, HAND_REF, HAND_REWARD, 1.0, HAND) for p in policies]
-    assert max(values) == pytest.approx(quoted("D2", log(4)), abs=1e-12)
-    assert policies[values.index(max(values))][0].exp().tolist() == pytest.approx([3 / 8, 5 / 8])
+    assert max(values) == approx(quoted("D2", log(4)), abs=1e-12)
+    assert policies[values.index(max(values))][0].exp().tolist() == approx([3 / 8, 5 / 8])
     per_state = torch.stack([tgdpo.token_objective(p, HAND_REF, HAND_REWARD, 1.0) for p in policies]).amax(0)
     bound = (per_state[0] + per_state[1:].max()).item()
-    assert bound == pytest.approx(quoted("D2", log(10)), abs=1e-12)
-    assert bound - max(values) == pytest.approx(quoted("D2", log(2.5)), abs=1e-12)
+    assert bound == approx(quoted("D2", log(10)), abs=1e-12)
+    assert bound - max(values) == approx(quoted("D2", log(2.5)), abs=1e-12)
     # Tight: where both states of step 1 are worth the same, here log 5 each, no step stands in another's way.
     same = HAND_REWARD.clone()
     same[1] = log(5)
     best = max(enumerated_objective(p, HAND_REF, same, 1.0, HAND) for p in policies)
     per_state = torch.stack([tgdpo.token_objective(p, HAND_REF, same, 1.0) for p in policies]).amax(0)
-    assert best == pytest.approx((per_state[0] + per_state[1:].max()).item(), abs=1e-12)
-    assert best == pytest.approx(log(10), abs=1e-12)
+    assert best == approx((per_state[0] + per_state[1:].max()).item(), abs=1e-12)
+    assert best == approx(log(10), abs=1e-12)
 
 
-def test_D3_what_a_fixed_state_distribution_gives_up():
+def test_D3_what_is_given_up():
     policies = every_policy_of_hand()
     local = torch.stack([tgdpo.token_objective(p, HAND_REF, HAND_REWARD, 1.0) for p in policies])
-    for d in ([1, 0.5, 0.5], [1, 0.9, 0.1], [1, 1, 0]):     # whatever D is, the optimum is the same greedy one
+    for d in ([1, 0.5, 0.5], [1, 0.9, 0.1], [1, 1, 0]):     # whatever D is, the optimum is the greedy one
         best = policies[(local @ torch.tensor(d, dtype=F64)).argmax()]
-        assert best[0, 0].exp().item() == pytest.approx(3 / 4)
+        assert best[0, 0].exp().item() == approx(3 / 4)
     greedy = torch.tensor([[3 / 4, 1 / 4], [1 / 2, 1 / 2], [1 / 2, 1 / 2]], dtype=F64).log()
     reached = enumerated_objective(greedy, HAND_REF, HAND_REWARD, 1.0, HAND)
-    assert reached == pytest.approx(quoted("D3", log(2) + log(5) / 4), abs=1e-12)
+    assert reached == approx(quoted("D3", log(2) + log(5) / 4), abs=1e-12)
     lost = quoted("D3", log(4) - reached)
     kl = math.fsum(p * log(p / q) for p, q in [(3 / 4, 3 / 8), (1 / 4, 5 / 8)])
-    assert lost == pytest.approx(kl, abs=1e-12)
-    # The bound of D2 goes too: with D on the state after a, the relaxed optimum lies below the sequence optimum.
-    assert (local @ torch.tensor([1, 1, 0], dtype=F64)).max().item() == pytest.approx(quoted("D3", log(2)), abs=1e-12)
+    assert lost == approx(kl, abs=1e-12)
+    # The bound of D2 goes too: with D on the state after yes, the relaxed optimum is below the true one.
+    relaxed = (local @ torch.tensor([1, 1, 0], dtype=F64)).max().item()
+    assert relaxed == approx(quoted("D3", log(2)), abs=1e-12) and relaxed < log(4)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D3_every_policy_loses_its_divergence_from_the_sequence_optimum(seed):
+def test_D3_what_is_lost_is_the_divergence(seed):
     draw = rng(seed)
     ref, reward = policy(draw), table(draw)
     star, best = enumerated_optimum(ref, reward, BETA)
     for logp in (policy(draw), tgdpo.closed_form(ref, reward, torch.ones_like(ref), BETA)[0]):
         kl = math.fsum(p * log(p / q) for p, q in zip(probabilities(logp), star))
         lost = best - tgdpo.sequence_objective(logp, ref, reward, TREE.child, BETA).item()
-        assert lost == pytest.approx(BETA * kl, abs=1e-12) and lost > 1e-4
+        assert lost == approx(BETA * kl, abs=1e-12) and lost > 1e-4
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D4_the_guided_objective_state_by_state(seed):
+def test_D4_guided_objective(seed):
     draw = rng(seed)
     logp, ref, reward, f = policy(draw), policy(draw), table(draw), weights(draw)
     ours = tgdpo.guided_objective(logp, ref, reward, f, BETA)
     for s in range(7):
-        by_hand = math.fsum(math.exp(logp[s, a]) * (reward[s, a] / (BETA * f[s, a]) - (logp[s, a] - ref[s, a]))
-                            for a in range(3))
-        assert ours[s].item() == pytest.approx(by_hand, abs=1e-12)
+        by_hand = math.fsum(math.exp(p) * (r / (BETA * w) - (p - q)) for p, q, r, w in zip(
+            logp[s].tolist(), ref[s].tolist(), reward[s].tolist(), f[s].tolist()))
+        assert ours[s].item() == approx(by_hand, abs=1e-12)
     # f = 1 is the token-level problem of D3 divided by beta: the same maximisers.
     plain = tgdpo.guided_objective(logp, ref, reward, torch.ones_like(f), BETA)
-    torch.testing.assert_close(BETA * plain, tgdpo.token_objective(logp, ref, reward, BETA), rtol=0, atol=1e-12)
+    same(BETA * plain, tgdpo.token_objective(logp, ref, reward, BETA))
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_D5_closed_form_beats_10000_random_policies_and_is_what_ascent_finds(seed):
+def test_D5_closed_form_beats_10000_policies(seed):
     draw = rng(seed)
     ref, reward, f = policy(draw), table(draw), weights(draw)
     star, log_z = tgdpo.closed_form(ref, reward, f, BETA)
@@ -239,23 +247,23 @@ def test_D5_closed_form_beats_10000_random_policies_and_is_what_ascent_finds(see
         others = (star + scale * torch.randn(2500, 7, 3, generator=draw, dtype=F64)).log_softmax(-1)
         assert (tgdpo.guided_objective(others, ref, reward, f, BETA) < best).all()
     found = ascend(lambda p: tgdpo.guided_objective(p, ref, reward, f, BETA).sum(), ref.shape)
-    torch.testing.assert_close(found.exp(), star.exp(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(tgdpo.guided_objective(found, ref, reward, f, BETA), best, rtol=0, atol=1e-8)
+    same(found.exp(), star.exp(), 1e-5)
+    same(tgdpo.guided_objective(found, ref, reward, f, BETA), best, 1e-8)
     for s in range(7):
         z = math.fsum(math.exp(ref[s, a]) * math.exp(reward[s, a] / (BETA * f[s, a])) for a in range(3))
-        assert math.exp(log_z[s]) == pytest.approx(z, rel=1e-12)
+        assert math.exp(log_z[s]) == approx(z, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D5_objective_is_log_z_minus_the_divergence(seed):
+def test_D5_objective_is_log_z_minus_kl(seed):
     draw = rng(seed)
     logp, ref, reward, f = policy(draw), policy(draw), table(draw), weights(draw)
     star, log_z = tgdpo.closed_form(ref, reward, f, BETA)
     kl = (logp.exp() * (logp - star)).sum(-1)
-    torch.testing.assert_close(tgdpo.guided_objective(logp, ref, reward, f, BETA), log_z - kl, rtol=0, atol=1e-12)
+    same(tgdpo.guided_objective(logp, ref, reward, f, BETA), log_z - kl)
 
 
-def test_D5_fails_where_f_stands_before_the_log_ratio():
+def test_D5_fails_where_f_stands_at_the_log_ratio():
     reward, f, ref = [1.0, 0.0], [2.0, 0.5], [0.5, 0.5]
 
     def undivided(p):   # sum_a pi (r - f log pi/pi_ref), beta = 1
@@ -265,30 +273,31 @@ def test_D5_fails_where_f_stands_before_the_log_ratio():
         return sum(q * (r / w - log(q / u)) for q, r, w, u in zip((p, 1 - p), reward, f, ref))
 
     grid = [k / 100000 for k in range(1, 100000)]
-    formula = tgdpo.closed_form(*(torch.tensor([x], dtype=F64) for x in (list(map(log, ref)), reward, f)), 1.0)[0]
-    formula = quoted("D5", formula[0, 0].exp().item())
-    assert max(grid, key=divided) == pytest.approx(formula, abs=1e-5)
+    tables = [torch.tensor([x], dtype=F64) for x in (ref, reward, f)]
+    star = tgdpo.closed_form(tables[0].log(), tables[1], tables[2], 1.0)[0]
+    formula = quoted("D5", star[0, 0].exp().item())
+    assert max(grid, key=divided) == approx(formula, abs=1e-5)
     best = max(grid, key=undivided)
     assert quoted("D5", best) < 0.5 < formula
     assert quoted("D5", undivided(best)) - quoted("D5", undivided(formula)) > 0.1
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D6_the_inverted_reward_is_the_reward(seed):
+def test_D6_inverted_reward_is_the_reward(seed):
     draw = rng(seed)
     ref, reward, f = policy(draw), table(draw), weights(draw)
     star, log_z = tgdpo.closed_form(ref, reward, f, BETA)
-    torch.testing.assert_close(tgdpo.inverted_reward(star, ref, log_z, f, BETA), reward, rtol=0, atol=1e-12)
+    same(tgdpo.inverted_reward(star, ref, log_z, f, BETA), reward)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_D6_any_policy_and_any_log_z_come_from_one_reward(seed):
+def test_D6_policy_and_log_z_are_free(seed):
     draw = rng(seed)
     logp, ref, f, log_z = policy(draw), policy(draw), weights(draw), table(draw)[:, 0]
     reward = tgdpo.inverted_reward(logp, ref, log_z, f, BETA)
     star, z = tgdpo.closed_form(ref, reward, f, BETA)
-    torch.testing.assert_close(star, logp, rtol=0, atol=1e-12)
-    torch.testing.assert_close(z, log_z, rtol=0, atol=1e-12)
+    same(star, logp)
+    same(z, log_z)
 
 
 def along(values, response):
@@ -297,17 +306,18 @@ def along(values, response):
 
 
 @pytest.mark.parametrize("one_f", [True, False])
-def test_D7_phi_and_delta_give_the_bradley_terry_probability(one_f):
+def test_D7_bradley_terry(one_f):
     draw = rng(0)
     ref, reward, f_w = policy(draw), table(draw), weights(draw)
     f_l = f_w if one_f else weights(draw)
     star_w, z_w = tgdpo.closed_form(ref, reward, f_w, BETA)
     star_l, z_l = tgdpo.closed_form(ref, reward, f_l, BETA)
     for y_w, y_l in itertools.permutations(TREE.responses, 2):
-        phi = tgdpo.phi(along(star_w - ref, y_w), along(star_l - ref, y_l), along(f_w, y_w), along(f_l, y_l), BETA)
-        delta = tgdpo.delta(along(z_w, y_w), along(z_l, y_l), along(f_w, y_w), along(f_l, y_l), BETA)
+        f = along(f_w, y_w), along(f_l, y_l)
+        phi = tgdpo.phi(along(star_w - ref, y_w), along(star_l - ref, y_l), *f, BETA)
+        delta = tgdpo.delta(along(z_w, y_w), along(z_l, y_l), *f, BETA)
         expected = 1 / (1 + math.exp(total(reward, y_l) - total(reward, y_w)))
-        assert tgdpo.preference(phi, delta).item() == pytest.approx(expected, abs=1e-12)
+        assert tgdpo.preference(phi, delta).item() == approx(expected, abs=1e-12)
 
 
 def scores(policies, ref, f_w, f_l, y_w, y_l):
@@ -317,50 +327,52 @@ def scores(policies, ref, f_w, f_l, y_w, y_l):
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.4, 5.0])
-def test_D8_one_pair_same_order_same_maximiser_parallel_gradients(shift):
+def test_D8_one_pair(shift):
     draw = rng(1)
     ref, f_w, f_l = policy(draw), weights(draw), weights(draw)
     y_w, y_l = TREE.responses[4], TREE.responses[9]
     policies = table(draw, scale=1).new_empty(4000, 7, 3).normal_(generator=draw).log_softmax(-1)
     phi = scores(policies, ref, f_w, f_l, y_w, y_l)
-    plain, shifted = tgdpo.preference(phi, torch.zeros_like(phi)), tgdpo.preference(phi, torch.full_like(phi, shift))
+    plain, shifted = (tgdpo.preference(phi, torch.full_like(phi, d)) for d in (0.0, shift))
     assert ((plain[0::2] < plain[1::2]) == (shifted[0::2] < shifted[1::2])).all()
     assert plain.argmax() == shifted.argmax()
     logits = torch.randn(1, 7, 3, generator=draw, dtype=F64, requires_grad=True)
     gradients = []
     for d in (0.0, shift):
         phi = scores(logits.log_softmax(-1), ref, f_w, f_l, y_w, y_l)
-        gradients.append(torch.autograd.grad(tgdpo.preference(phi, torch.tensor([d], dtype=F64)).sum(), logits)[0])
-    assert torch.cosine_similarity(*(g.flatten() for g in gradients), dim=0).item() == pytest.approx(1, abs=1e-12)
+        likelihood = tgdpo.preference(phi, torch.full_like(phi, d)).sum()
+        gradients.append(torch.autograd.grad(likelihood, logits)[0])
+    assert torch.cosine_similarity(*(g.flatten() for g in gradients), dim=0).item() == approx(1, abs=1e-12)
 
 
-def test_D8_delta_by_hand_has_no_policy_in_it():
+def test_D8_delta_by_hand():
     # beta 0.5; chosen: f (2, 1), log Z (0.3, -0.1); rejected: f (0.5, padding), log Z (0.4, 0).
     numbers = [torch.tensor([x], dtype=F64) for x in ([0.3, -0.1], [0.4, 0.0], [2.0, 1.0], [0.5, 1.0])]
-    assert tgdpo.delta(*numbers, 0.5).item() == pytest.approx(0.5 * (0.6 - 0.1 - 0.2), abs=1e-15)
+    assert tgdpo.delta(*numbers, 0.5).item() == approx(0.5 * (0.6 - 0.1 - 0.2), abs=1e-15)
 
 
-def test_D8_a_data_set_whose_minimisers_differ_with_and_without_delta():
-    # Responses (a, e) and (b, e); e is the only token there is in the second state. beta = f = 1, pi_ref(a) = 1/2.
-    # The reward of e is log 4 after a and 0 after b. Labels: (a, e) preferred twice, (b, e) once.
+def test_D8_a_data_set_may_turn():
+    # Responses (yes, end) and (no, end); end is forced. beta = f = 1, pi_ref(yes) = 1/2.
+    # end earns log 4 after yes and 0 after no. Labels: (yes, end) preferred twice, (no, end) once.
     one = torch.ones(2, 1, dtype=F64)
     log_z = tgdpo.closed_form(0 * one, torch.tensor([[log(4)], [0.0]], dtype=F64), one, 1.0)[1]
-    z_a, z_b = (torch.tensor([[0.0, z]], dtype=F64) for z in log_z.tolist())
+    z_yes, z_no = (torch.tensor([[0.0, z]], dtype=F64) for z in log_z.tolist())
     ones = torch.ones(1, 2, dtype=F64)
-    delta = tgdpo.delta(z_a, z_b, ones, ones, 1.0)
-    assert delta.item() == pytest.approx(log(4), abs=1e-15)
+    delta = tgdpo.delta(z_yes, z_no, ones, ones, 1.0)
+    assert delta.item() == approx(log(4), abs=1e-15)
 
-    def loss(p, d):     # three pairs; p = pi(a | prompt)
+    def loss(p, d):     # three pairs; p = pi(yes | prompt)
         ratio = lambda q: torch.stack([2 * q, torch.ones_like(q)]).log()[None]
         phi = tgdpo.phi(ratio(p), ratio(1 - p), ones, ones, 1.0)
         return -2 * tgdpo.preference(phi, d).log().sum() - tgdpo.preference(-phi, -d).log().sum()
 
     def minimiser(d):
-        return min((k / 9999 for k in range(1, 9999)), key=lambda p: loss(torch.tensor(p, dtype=F64), d).item())
+        grid = torch.arange(1, 3000, dtype=F64) / 3000
+        return min(grid, key=lambda p: loss(p, d).item()).item()
 
     without, with_it = minimiser(torch.zeros(1, dtype=F64)), minimiser(delta)
-    assert without == pytest.approx(quoted("D8", 2 / 3), abs=1e-4)
-    assert with_it == pytest.approx(quoted("D8", 1 / 3), abs=1e-4)
+    assert without == approx(quoted("D8", 2 / 3), abs=1e-4)
+    assert with_it == approx(quoted("D8", 1 / 3), abs=1e-4)
     # In phi, at phi = 0 (p = 1/2): the sums' gradients point opposite ways, though each pair's does not.
     slope = []
     for d in (0.0, log(4)):
@@ -369,11 +381,11 @@ def test_D8_a_data_set_whose_minimisers_differ_with_and_without_delta():
         (-tgdpo.preference(sign * phi, sign * d).log()).sum().backward()
         slope.append((sign * phi.grad, phi.grad.sum().item()))
     assert all((s < 0).all() for s, _ in slope)
-    assert [-g for _, g in slope] == pytest.approx([quoted("D8", 0.5, 1), quoted("D8", -0.4, 1)], abs=1e-12)
+    assert [-g for _, g in slope] == approx([quoted("D8", 0.5, 1), quoted("D8", -0.4, 1)], abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_D8_with_one_f_some_dense_reward_of_the_same_differences_has_delta_zero(seed):
+def test_D8_a_reward_with_delta_zero(seed):
     draw = rng(seed)
     ref, reward, f = policy(draw), table(draw), weights(draw)
     value = [0.0] * 8
@@ -391,11 +403,11 @@ def test_D8_with_one_f_some_dense_reward_of_the_same_differences_has_delta_zero(
     assert log_z.abs().max().item() < 1e-12
     for y_w, y_l in itertools.combinations(TREE.responses, 2):
         phi = tgdpo.phi(along(star - ref, y_w), along(star - ref, y_l), along(f, y_w), along(f, y_l), BETA)
-        assert phi.item() == pytest.approx(total(reward, y_w) - total(reward, y_l), abs=1e-10)
+        assert phi.item() == approx(total(reward, y_w) - total(reward, y_l), abs=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_D9_the_sequence_optimum_carries_reward_plus_what_follows(seed):
+def test_D9_sequence_optimum(seed):
     draw = rng(seed)
     ref, reward = policy(draw), table(draw)
     best, value = enumerated_optimum(ref, reward, BETA)
@@ -407,42 +419,42 @@ def test_D9_the_sequence_optimum_carries_reward_plus_what_follows(seed):
     guide = (guide / guide.sum(-1, keepdim=True)).log()
     r_hat = tgdpo.r_hat(guide, ref, BETA)
     v = torch.tensor(soft_values(ref, reward, BETA), dtype=F64)
-    torch.testing.assert_close(r_hat, reward + v[TREE.child] - v[:-1, None], rtol=0, atol=1e-12)
+    same(r_hat, reward + v[TREE.child] - v[:-1, None])
     # As a token reward it makes the greedy optimum of D3 the sequence-level one.
     greedy, log_z = tgdpo.closed_form(ref, r_hat, torch.ones_like(ref), BETA)
-    assert probabilities(greedy) == pytest.approx(best, abs=1e-12) and log_z.abs().max() < 1e-12
+    assert probabilities(greedy) == approx(best, abs=1e-12) and log_z.abs().max() < 1e-12
     for y in TREE.responses:
-        assert total(r_hat, y) == pytest.approx(total(reward, y) - value, abs=1e-12)
+        assert total(r_hat, y) == approx(total(reward, y) - value, abs=1e-12)
 
 
-def test_D9_by_hand_and_without_gradient():
+def test_D9_by_hand():
     guide = torch.tensor([[3 / 8, 5 / 8]], dtype=F64).log().requires_grad_()
     r_hat = tgdpo.r_hat(guide, HAND_REF[:1].clone().requires_grad_(), 1.0)
     assert not r_hat.requires_grad
     by_hand = [log(3) + 0 - log(4), 0 + log(5) - log(4)]    # r + V(next) - V(prompt)
-    assert r_hat[0].tolist() == pytest.approx([quoted("D9", v) for v in by_hand], abs=1e-12)
-    assert tgdpo.r_hat(guide, HAND_REF[:1], 0.1)[0].tolist() == pytest.approx([0.1 * v for v in by_hand], abs=1e-12)
+    assert r_hat[0].tolist() == approx([quoted("D9", v) for v in by_hand], abs=1e-12)
+    assert tgdpo.r_hat(guide, HAND_REF[:1], 0.1)[0].tolist() == approx([0.1 * v for v in by_hand], abs=1e-12)
 
 
-def test_D10_weights_by_hand():
+def test_D10_by_hand():
     r_hat = torch.tensor([0.4, -0.2, 0.0], dtype=F64)
-    assert tgdpo.f_w(r_hat, 0.5).tolist() == pytest.approx([1.2, 0.9, 1.0], abs=1e-15)
-    assert tgdpo.f_l(r_hat, 0.5).tolist() == pytest.approx([0.8, 1.1, 1.0], abs=1e-15)
+    assert tgdpo.f_w(r_hat, 0.5).tolist() == approx([1.2, 0.9, 1.0], abs=1e-15)
+    assert tgdpo.f_l(r_hat, 0.5).tolist() == approx([0.8, 1.1, 1.0], abs=1e-15)
 
 
-def test_D10_no_one_policy_is_the_optimum_under_both_weights():
+def test_D10_no_one_policy_for_both():
     # One state, pi_ref uniform, rewards log 4 and 0, beta = alpha = 1, r_hat = 1/2 on both tokens.
     ref, reward = torch.full((1, 2), 0.5, dtype=F64).log(), torch.tensor([[log(4), 0.0]], dtype=F64)
     r_hat = torch.full((1, 2), 0.5, dtype=F64)
     for f, odds in ((tgdpo.f_w(r_hat, 1.0), 4 ** (1 / 1.5)), (torch.ones_like(r_hat), 4),
                     (tgdpo.f_l(r_hat, 1.0), 4 ** 2)):
         star = tgdpo.closed_form(ref, reward, f, 1.0)[0]
-        assert star[0, 0].exp().item() == pytest.approx(quoted("D10", odds / (1 + odds)), abs=1e-12)
+        assert star[0, 0].exp().item() == approx(quoted("D10", odds / (1 + odds)), abs=1e-12)
 
 
-def test_D10_a_token_that_both_responses_share_does_not_cancel():
+def test_D10_a_shared_token():
     # Both begin with the same token, log-ratio 0.3, r_hat 0.5; alpha = 1, beta = 0.1.
     ratio, r_hat = torch.tensor([[0.3]], dtype=F64), torch.tensor([[0.5]], dtype=F64)
     phi = tgdpo.phi(ratio, ratio, tgdpo.f_w(r_hat, 1.0), tgdpo.f_l(r_hat, 1.0), 0.1).item()
-    assert phi == pytest.approx(quoted("D10", 0.1 * (1.5 - 0.5) * 0.3, 2), abs=1e-15)
+    assert phi == approx(quoted("D10", 0.1 * (1.5 - 0.5) * 0.3, 2), abs=1e-15)
     assert tgdpo.phi(ratio, ratio, torch.ones(1, 1), torch.ones(1, 1), 0.1).item() == 0

@@ -1,4 +1,4 @@
-"""derive.md, D11 to D16: the losses against numbers worked by hand, an independent DPO, and finite differences."""
+"""derive.md, D11 to D16: the losses against numbers worked by hand, another DPO, and finite differences."""
 import itertools
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from derive_text import quoted
+from pytest import approx
 
 import tgdpo
 
@@ -30,7 +31,7 @@ def batch(pairs=6, longest=(9, 7), seed=0, dtype=F64):
     draw = torch.Generator().manual_seed(seed)
     lengths = [torch.randint(1, t + 1, (pairs,), generator=draw) for t in longest]
     real = [torch.arange(t) < n[:, None] for t, n in zip(longest, lengths)]
-    make = lambda: tuple(-3 * torch.rand(pairs, t, generator=draw, dtype=dtype) * m for t, m in zip(longest, real))
+    make = lambda: tuple(-3 * torch.rand(m.shape, generator=draw, dtype=dtype) * m for m in real)
     return make(), make(), make(), lengths, real
 
 
@@ -47,24 +48,24 @@ def independent_dpo(policy, ref, beta):
     return out
 
 
-def test_D11_the_worked_pair():
+def test_D11_worked_pair():
     loss = tgdpo.tgdpo_loss(POLICY, REF, GUIDE, beta=0.5, alpha=1.0)
-    assert loss.phi.item() == pytest.approx(0.5 * (1.4 * 1 + 0.8 * 0.5 - 0.5 * -0.4), abs=1e-14)
-    assert quoted("D11", loss.losses.item()) == pytest.approx(log(1 + exp(-1.0)), abs=1e-14)
-    assert (loss.dpo_margin.item(), loss.logratio_w.item(), loss.logratio_l.item()) == pytest.approx(
+    assert loss.phi.item() == approx(0.5 * (1.4 * 1 + 0.8 * 0.5 - 0.5 * -0.4), abs=1e-14)
+    assert quoted("D11", loss.losses.item()) == approx(log(1 + exp(-1.0)), abs=1e-14)
+    assert (loss.dpo_margin.item(), loss.logratio_w.item(), loss.logratio_l.item()) == approx(
         (quoted("D11", 0.95, 2), 1.5, -0.4), abs=1e-14)
     plain = tgdpo.dpo_loss(POLICY, REF, beta=0.5)
-    assert quoted("D11", plain.losses.item()) == pytest.approx(log(1 + exp(-0.95)), abs=1e-14)
+    assert quoted("D11", plain.losses.item()) == approx(log(1 + exp(-0.95)), abs=1e-14)
 
 
-def test_D11_at_the_reference_the_loss_is_log_2_whatever_f_is():
+def test_D11_starts_at_log_2():
     _, ref, guide, _, _ = batch()
     for alpha in (0.0, 0.5, 40.0):
         losses = tgdpo.tgdpo_loss(ref, ref, guide, 0.1, alpha).losses
-        assert losses.tolist() == pytest.approx([quoted("D11", log(2))] * 6, abs=1e-15)
+        assert losses.tolist() == approx([quoted("D11", log(2))] * 6, abs=1e-15)
 
 
-def test_D11_padding_adds_nothing_and_gets_no_gradient():
+def test_D11_padding():
     policy, ref, guide, _, real = batch()
     wide = lambda pair, more: tuple(F.pad(t, (0, n)) for t, n in zip(pair, more))
     policy, roomy = leaf(policy), leaf(wide(policy, (4, 1)))
@@ -83,18 +84,18 @@ def test_D11_padding_adds_nothing_and_gets_no_gradient():
     assert ratios.tolist() == [[2.0, -1.0, 0.0]]
 
 
-def test_D11_each_pair_alone_and_only_the_policy_learns():
+def test_D11_each_pair_alone():
     policy, ref, guide = map(leaf, batch()[:3])
     loss = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     for b in range(6):
         one = tgdpo.tgdpo_loss(*([t[b:b + 1] for t in pair] for pair in (policy, ref, guide)), 0.3, 0.8)
         for field, value in zip(loss, one):
-            assert value.item() == pytest.approx(field[b].item(), abs=1e-15)
+            assert value.item() == approx(field[b].item(), abs=1e-15)
     loss.losses.mean().backward()
     assert all(t.grad is None for t in ref + guide) and all(t.grad.abs().sum() > 0 for t in policy)
 
 
-def test_D11_guide_beta_scales_r_hat_and_only_its_product_with_alpha_counts():
+def test_D11_guide_beta():
     policy, ref, guide, _, _ = batch()
     phi = lambda alpha, guide_beta: tgdpo.tgdpo_loss(policy, ref, guide, 0.3, alpha, guide_beta).phi
     torch.testing.assert_close(phi(0.8, 0.3), phi(0.8, None), rtol=0, atol=0)
@@ -103,22 +104,24 @@ def test_D11_guide_beta_scales_r_hat_and_only_its_product_with_alpha_counts():
 
 
 @pytest.mark.parametrize("size", [1e3, 1e30])
-def test_D11_is_stable_far_from_zero(size):
+def test_D11_far_from_zero(size):
     policy = leaf((pad([-1.0], [-size], dtype=torch.float32), pad([-size], [-1.0], dtype=torch.float32)))
     ref = pad([-1.0], [-1.0], dtype=torch.float32), pad([-1.0], [-1.0], dtype=torch.float32)
-    for losses in (tgdpo.tgdpo_loss(policy, ref, ref, 1.0, 0.5).losses, tgdpo.dpo_loss(policy, ref, 1.0).losses):
-        assert losses[0] == 0 and losses[1].item() == pytest.approx(size, rel=2e-3)
+    for loss in (tgdpo.tgdpo_loss(policy, ref, ref, 1.0, 0.5), tgdpo.dpo_loss(policy, ref, 1.0)):
+        losses = loss.losses
+        assert losses[0] == 0 and losses[1].item() == approx(size, rel=2e-3)
         losses.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in policy)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
-def test_D12_gradient_formula_against_autograd_and_finite_differences(alpha):
+def test_D12_formula(alpha):
     policy, ref, guide, _, real = batch(pairs=3, longest=(4, 3))
     policy = leaf(policy)
     loss = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, alpha)
     loss.losses.sum().backward()
-    f = (tgdpo.f_w(tgdpo.r_hat(guide[0], ref[0], 0.3), alpha), tgdpo.f_l(tgdpo.r_hat(guide[1], ref[1], 0.3), alpha))
+    r_hat_w, r_hat_l = (tgdpo.r_hat(g, r, 0.3) for g, r in zip(guide, ref))
+    f = tgdpo.f_w(r_hat_w, alpha), tgdpo.f_l(r_hat_l, alpha)
     formula = tgdpo.token_gradients(loss.phi.detach(), *f, 0.3)
     for side, mask in enumerate(real):
         torch.testing.assert_close(formula[side][mask], policy[side].grad[mask], rtol=0, atol=1e-14)
@@ -128,33 +131,33 @@ def test_D12_gradient_formula_against_autograd_and_finite_differences(alpha):
                 moved = [p.detach().clone() for p in policy]
                 moved[side][b, t] += step
                 ends.append(tgdpo.tgdpo_loss(moved, ref, guide, 0.3, alpha).losses.sum().item())
-            assert formula[side][b, t].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-9)
+            assert formula[side][b, t].item() == approx((ends[0] - ends[1]) / 2e-5, abs=1e-9)
 
 
-def test_D12_gradient_reaches_the_logits_of_a_policy():
+def test_D12_down_to_the_logits():
     draw = torch.Generator().manual_seed(3)
     logits, ref_logits, guide_logits = (torch.randn(5, 4, generator=draw, dtype=F64) for _ in range(3))
-    tokens = [torch.tensor([0, 2, 1]), torch.tensor([3, 3])]    # chosen in states 0-2, rejected in states 3-4
-    take = lambda x: [x.log_softmax(-1)[s, a][None] for s, a in zip((torch.arange(3), torch.arange(3, 5)), tokens)]
+    # The tokens of the chosen response in states 0 to 2, those of the rejected in states 3 and 4.
+    take = lambda x: [x.log_softmax(-1)[s, a][None] for s, a in (([0, 1, 2], [0, 2, 1]), ([3, 4], [3, 3]))]
     value = lambda x: tgdpo.tgdpo_loss(take(x), take(ref_logits), take(guide_logits), 0.4, 0.7).losses.sum()
     gradient = torch.autograd.functional.jacobian(value, logits)
     for s, a in itertools.product(range(5), range(4)):
         step = torch.zeros_like(logits)
         step[s, a] = 1e-5
-        assert gradient[s, a].item() == pytest.approx((value(logits + step) - value(logits - step)).item() / 2e-5,
+        assert gradient[s, a].item() == approx((value(logits + step) - value(logits - step)).item() / 2e-5,
                                                       abs=1e-9)
 
 
-def test_D12_the_worked_pair():
+def test_D12_worked_pair():
     policy = leaf(POLICY)
     tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 1.0).losses.sum().backward()
     strength = 0.5 / (1 + exp(1.0))
     by_hand = [-strength * 1.4, -strength * 0.8, strength * 0.5]
-    assert torch.cat([t.grad[0] for t in policy]).tolist() == pytest.approx(
+    assert torch.cat([t.grad[0] for t in policy]).tolist() == approx(
         [quoted("D12", g) for g in by_hand], abs=1e-14)
 
 
-def test_D12_the_first_gradient_is_not_dpos_and_the_four_kinds_of_token_do_as_the_paper_says():
+def test_D12_four_kinds_of_token():
     ref = pad([-1.0, -1.0, -1.0]), pad([-1.0, -1.0, -1.0])
     guide = pad([-0.5, -1.0, -1.5]), pad([-0.5, -1.0, -1.5])    # good, neutral, bad on either side
     ours, dpo = leaf(ref), leaf(ref)
@@ -168,18 +171,18 @@ def test_D12_the_first_gradient_is_not_dpos_and_the_four_kinds_of_token_do_as_th
     assert up_w[0] > dpo_up_w[0] and 0 < up_w[2] < dpo_up_w[2]          # good encouraged more, bad less
     assert dpo_up_l[0] < up_l[0] < 0 and up_l[2] < dpo_up_l[2]          # good suppressed less, bad more
     assert up_w[1] == dpo_up_w[1] and up_l[1] == dpo_up_l[1]
-    assert (up_w / dpo_up_w).tolist() == pytest.approx([1.25, 1.0, 0.75])
-    assert (up_l / dpo_up_l).tolist() == pytest.approx([0.75, 1.0, 1.25])
+    assert (up_w / dpo_up_w).tolist() == approx([1.25, 1.0, 0.75])
+    assert (up_l / dpo_up_l).tolist() == approx([0.75, 1.0, 1.25])
 
 
-def test_D13_where_f_is_negative_the_gradient_turns_round():
+def test_D13_negative_f():
     policy = leaf(POLICY)
     loss = tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 6.0)       # f_w = (3.4, -0.2), f_l = -2
     loss.losses.sum().backward()
     strength = 0.5 / (1 + exp(0.5 * (3.4 - 0.1 - 0.8)))
     signed = [-strength * 3.4, strength * 0.2, -strength * 2.0]
-    assert loss.phi.item() == pytest.approx(quoted("D13", 1.25, 2), abs=1e-14)
-    assert torch.cat([t.grad[0] for t in policy]).tolist() == pytest.approx(
+    assert loss.phi.item() == approx(quoted("D13", 1.25, 2), abs=1e-14)
+    assert torch.cat([t.grad[0] for t in policy]).tolist() == approx(
         [quoted("D13", g) for g in signed], abs=1e-14)
     # The loss can go to 0 by making this chosen token impossible.
     losses = [tgdpo.tgdpo_loss((pad([-1.0, -1.0 - far]), POLICY[1]), REF, GUIDE, 0.5, 6.0).losses.item()
@@ -192,18 +195,18 @@ def positive_share(r_hat_w, r_hat_l, alpha):
     return sum(x > 0 for x in f) / len(f)
 
 
-def test_D13_largest_alpha_by_hand():
+def test_D13_by_hand():
     r_hat_w, r_hat_l = [0.5, -0.25, -0.1, 0.3, 0.0], [0.2, -0.6, 0.4, 0.05, 0.1]
-    ask = lambda share: tgdpo.largest_alpha(torch.tensor(r_hat_w, dtype=F64), torch.tensor(r_hat_l, dtype=F64), share)
-    assert ask(1.0) == pytest.approx(quoted("D13", 1 / 0.4, 1))         # the rejected 0.4
-    assert ask(0.9) == pytest.approx(quoted("D13", 1 / 0.25, 1))        # then the chosen -0.25
-    assert ask(0.8) == pytest.approx(quoted("D13", 1 / 0.2, 1))
+    ask = lambda share: tgdpo.largest_alpha(pad(r_hat_w), pad(r_hat_l), share)
+    assert ask(1.0) == approx(quoted("D13", 1 / 0.4, 1))         # the rejected 0.4
+    assert ask(0.9) == approx(quoted("D13", 1 / 0.25, 1))        # then the chosen -0.25
+    assert ask(0.8) == approx(quoted("D13", 1 / 0.2, 1))
     assert ask(0.85) == ask(0.9) and ask(0.4) == math.inf       # 0.5 and 0.3 chosen, 0, -0.6 rejected: never
 
 
-def test_D13_largest_alpha_is_the_edge_by_counting():
+def test_D13_by_counting():
     draw = torch.Generator().manual_seed(5)
-    r_hat_w, r_hat_l = torch.randn(137, generator=draw, dtype=F64), torch.randn(163, generator=draw, dtype=F64)
+    r_hat_w, r_hat_l = (torch.randn(n, generator=draw, dtype=F64) for n in (137, 163))
     for share in (1.0, 0.99, 0.95, 0.7):
         edge = tgdpo.largest_alpha(r_hat_w, r_hat_l, share)
         for alpha in (edge * (1 - 1e-9), edge / 2, edge / 100):
@@ -212,10 +215,10 @@ def test_D13_largest_alpha_is_the_edge_by_counting():
             assert positive_share(r_hat_w.tolist(), r_hat_l.tolist(), alpha) < share
     # 0.07 * 100 is a little more than 7 in floating point: still 7 tokens.
     ramp = torch.arange(1, 101, dtype=F64)
-    assert tgdpo.largest_alpha(-ramp, ramp[:0], 0.07) == pytest.approx(1 / 7)
+    assert tgdpo.largest_alpha(-ramp, ramp[:0], 0.07) == approx(1 / 7)
 
 
-def test_D13_largest_alpha_at_its_limits():
+def test_D13_limits():
     none = torch.zeros(0)
     assert tgdpo.largest_alpha(none, none) == math.inf
     assert tgdpo.largest_alpha(torch.tensor([0.0, 1.0]), torch.tensor([[-1.0], [0.0]])) == math.inf
@@ -225,44 +228,46 @@ def test_D13_largest_alpha_at_its_limits():
             tgdpo.largest_alpha(torch.ones(2), torch.ones(2), share)
 
 
-def test_D14_dpo_against_an_independent_one_and_its_special_cases():
+def test_D14_special_cases():
     policy, ref, guide, _, _ = batch()
     expected = independent_dpo(policy, ref, 0.3)
     dpo = tgdpo.dpo_loss(policy, ref, 0.3)
-    assert dpo.losses.tolist() == pytest.approx(expected, abs=1e-13)
+    assert dpo.losses.tolist() == approx(expected, abs=1e-13)
     assert (dpo.phi == dpo.dpo_margin).all()
-    for special in (tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.0), tgdpo.tgdpo_loss(policy, ref, ref, 0.3, 0.8)):
+    for its_guide, alpha in ((guide, 0.0), (ref, 0.8)):
+        special = tgdpo.tgdpo_loss(policy, ref, its_guide, 0.3, alpha)
         assert all((ours == theirs).all() for ours, theirs in zip(special, dpo))      # to the last bit
     other = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     assert (other.losses - dpo.losses).abs().min() > 1e-3
     torch.testing.assert_close(other.dpo_margin, dpo.phi, rtol=0, atol=1e-15)
 
 
-def test_D14_at_the_sequence_level_the_partition_function_cancels():
+def test_D14_partition_function_cancels():
     # Four responses to one prompt: pi* = pi_ref exp(r / beta) / Z, and no Z is left in the margin.
     ref, reward, beta = [0.1, 0.2, 0.3, 0.4], [1.0, -0.5, 0.3, 0.0], 0.5
     tilted = [p * exp(r / beta) for p, r in zip(ref, reward)]
     star = [w / sum(tilted) for w in tilted]
     for w, l in itertools.permutations(range(4), 2):
-        loss = tgdpo.dpo_loss((pad([log(star[w])]), pad([log(star[l])])), (pad([log(ref[w])]), pad([log(ref[l])])), beta)
-        assert exp(-loss.losses.item()) == pytest.approx(1 / (1 + exp(reward[l] - reward[w])), abs=1e-12)
+        policy, start = ((pad([log(p[w])]), pad([log(p[l])])) for p in (star, ref))
+        loss = tgdpo.dpo_loss(policy, start, beta)
+        assert exp(-loss.losses.item()) == approx(1 / (1 + exp(reward[l] - reward[w])), abs=1e-12)
 
 
-def test_D15_simpo_by_hand():
+def test_D15_by_hand():
     loss = tgdpo.simpo_loss((pad([-2, -2, -2]), pad([-2.5, -2.5])), ([3], [2]), beta=2.0, gamma=0.5)
-    assert loss.phi.item() == pytest.approx(2 * (-2 + 2.5), abs=1e-14)
-    assert quoted("D15", loss.losses.item()) == pytest.approx(log(1 + exp(-0.5)), abs=1e-14)
+    assert loss.phi.item() == approx(2 * (-2 + 2.5), abs=1e-14)
+    assert quoted("D15", loss.losses.item()) == approx(log(1 + exp(-0.5)), abs=1e-14)
     assert loss[2:] == (None, None, None)
 
 
-def test_D15_simpo_is_dpo_with_a_uniform_reference_per_token():
+def test_D15_uniform_reference():
     policy, _, _, lengths, real = batch()
     uniform = tuple(-log(50) * mask.to(F64) for mask in real)       # a vocabulary of 50
     loss = tgdpo.simpo_loss(policy, lengths, 2.5, 1.375)
     for b in range(6):
         mean = [(policy[i][b].sum() - uniform[i][b].sum()).item() / int(lengths[i][b]) for i in (0, 1)]
-        assert loss.phi[b].item() == pytest.approx(2.5 * (mean[0] - mean[1]), abs=1e-12)
-        assert loss.losses[b].item() == pytest.approx(log(1 + exp(1.375 - loss.phi[b].item())), abs=1e-12)
+        assert loss.phi[b].item() == approx(2.5 * (mean[0] - mean[1]), abs=1e-12)
+        assert loss.losses[b].item() == approx(log(1 + exp(1.375 - loss.phi[b].item())), abs=1e-12)
     policy = leaf(policy)
     tgdpo.simpo_loss(policy, [n.tolist() for n in lengths], 2.5, 1.375).losses.sum().backward()
     strength = torch.sigmoid(1.375 - loss.phi)[:, None] * 2.5
@@ -271,27 +276,28 @@ def test_D15_simpo_is_dpo_with_a_uniform_reference_per_token():
         torch.testing.assert_close(policy[side].grad[real[side]], expected[real[side]], rtol=0, atol=1e-14)
 
 
-def test_D16_any_guide_is_the_optimum_of_its_own_r_hat():
+def test_D16_own_optimum():
     draw = torch.Generator().manual_seed(7)
     guide, ref = (torch.randn(5, 4, generator=draw, dtype=F64).log_softmax(-1) for _ in range(2))
     for guide_beta in (0.1, 2.5):
-        star, log_z = tgdpo.closed_form(ref, tgdpo.r_hat(guide, ref, guide_beta), torch.ones_like(ref), guide_beta)
+        r_hat = tgdpo.r_hat(guide, ref, guide_beta)
+        star, log_z = tgdpo.closed_form(ref, r_hat, torch.ones_like(ref), guide_beta)
         torch.testing.assert_close(star, guide, rtol=0, atol=1e-12)
         assert log_z.abs().max() < 1e-12
 
 
-def test_D16_a_simpo_guide_may_rank_a_pair_rightly_and_its_r_hat_wrongly():
+def test_D16_wrong_way_round():
     guide, ref = (pad([-2, -2, -2]), pad([-2.5, -2.5])), (pad([-1.5, -1.5, -1.5]), pad([-3, -3]))
     assert tgdpo.simpo_loss(guide, ([3], [2]), 2.0, 0.5).phi.item() > 0.5
     sums = [tgdpo.r_hat(g, r, 0.1).sum().item() for g, r in zip(guide, ref)]
-    assert sums == pytest.approx([quoted("D16", -0.15, 2), quoted("D16", 0.1, 2)], abs=1e-15)
+    assert sums == approx([quoted("D16", -0.15, 2), quoted("D16", 0.1, 2)], abs=1e-15)
     # A DPO guide cannot: the sums' difference is its own margin.
     dpo = tgdpo.dpo_loss(guide, ref, 0.1)
-    assert sums[0] - sums[1] == pytest.approx(dpo.phi.item(), abs=1e-15) and dpo.phi.item() < 0
+    assert sums[0] - sums[1] == approx(dpo.phi.item(), abs=1e-15) and dpo.phi.item() < 0
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(beta=0.0), "beta"), (dict(beta=-1.0), "beta"), (dict(beta=math.nan), "beta"), (dict(beta=math.inf), "beta"),
+    *((dict(beta=beta), "^beta") for beta in (0.0, -1.0, math.nan, math.inf)),
     (dict(alpha=-0.1), "alpha"), (dict(alpha=math.nan), "alpha"), (dict(guide_beta=0.0), "guide_beta"),
     (dict(ref=(torch.zeros(2, 3), torch.zeros(2, 5))), "ref rejected.*2, 5"),
     (dict(guide=(torch.zeros(2, 2), torch.zeros(2, 4))), "guide chosen.*2, 2"),
@@ -321,8 +327,7 @@ def test_dpo_and_simpo_refuse_what_cannot_be():
 def test_float32_agrees_with_float64():
     policy, ref, guide, lengths, _ = batch()
     single = lambda pair: tuple(t.float() for t in pair)
-    for small, exact in (
-            (tgdpo.tgdpo_loss(*map(single, (policy, ref, guide)), 0.1, 0.5), tgdpo.tgdpo_loss(policy, ref, guide, 0.1, 0.5)),
-            (tgdpo.simpo_loss(single(policy), lengths, 2.5, 1.375), tgdpo.simpo_loss(policy, lengths, 2.5, 1.375))):
+    losses = lambda p, r, g: (tgdpo.tgdpo_loss(p, r, g, 0.1, 0.5), tgdpo.simpo_loss(p, lengths, 2.5, 1.375))
+    for small, exact in zip(losses(*map(single, (policy, ref, guide))), losses(policy, ref, guide)):
         assert small.losses.dtype == torch.float32 and exact.losses.dtype == F64
         torch.testing.assert_close(small.losses.double(), exact.losses, rtol=0, atol=1e-5)
