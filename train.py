@@ -324,7 +324,9 @@ def train(run, stage, directory):
     found = None
     while True:
         if stage.eval_pairs and step and (step == total or options.eval_every and step % options.eval_every == 0):
+            began = time.perf_counter()
             row, found = evaluate(run, net, stage)
+            row |= speed(run, stage.eval_pairs, began)
             run.metrics.write({"stage": stage.loss, "step": step, "eval": True} | row)
         if step == total:
             break
@@ -341,7 +343,7 @@ def train(run, stage, directory):
             raise RunFailed(f"{stage.loss} step {step + 1}: {failure}; the optimiser did not take it; "
                             f"the last checkpoint is {last or 'none'}; try a lower --lr or --dtype float32") from None
         step += 1
-        row |= {"lr": group["lr"], **speed(run, net.config, [stage.pairs[i] for i in batch], began)}
+        row |= {"lr": group["lr"], **speed(run, [stage.pairs[i] for i in batch], began, net.config)}
         run.metrics.write({"stage": stage.loss, "step": step, "epoch": epoch + 1} | row)
         bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
         signal = run.signals.agreed()
@@ -372,19 +374,18 @@ def set_adam_step(optimiser, step):
         state["step"].fill_(step)
 
 
-def speed(run, config, pairs, began):
-    """Throughput of a step that began at `began`. Tokens are counted the same for every method: 2 P + C + R."""
+def speed(run, pairs, began, trained=None):
+    """Throughput of what began at `began` and saw `pairs`. Tokens are counted the same for every method: 2 P + C + R.
+    trained: the Config of the model that made a training step, for its MFU on a GPU whose peak is known."""
     seconds = time.perf_counter() - began
     shapes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
     row = {"seconds": seconds, "pairs_per_second": len(pairs) / seconds,
-           "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds}
+           "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds,
+           "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if run.device.type == "cuda":
         row["peak_memory"] = torch.cuda.max_memory_allocated()
-        if peak := flops.peak_flops(torch.cuda.get_device_name()):
-            done = sum(flops.pair_flops(config, *shape) for shape in shapes)
-            row["mfu"] = done / seconds / (peak * run.world)
-    else:
-        row["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if trained and (peak := flops.peak_flops(torch.cuda.get_device_name())):
+            row["mfu"] = sum(flops.pair_flops(trained, *shape) for shape in shapes) / seconds / (peak * run.world)
     return row
 
 
