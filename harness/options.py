@@ -220,6 +220,16 @@ def answer_early(argv):
         sys.exit(2)
 
 
+def answer_early(argv):
+    """For the first lines of a script, before its slow imports: --help and bad options end the program here."""
+    try:
+        resolve(argv)
+    except BadOption as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def to_toml(options):
     """Options -> the text of config.toml, which read_toml takes back: a group a paragraph, unset options left out."""
     lines, group = [SAVED], None

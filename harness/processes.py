@@ -1,0 +1,343 @@
+"""One run, several processes: starting and stopping them, what rank 0 does for all, signals, the output directory.
+
+Under torchrun, Ctrl-C and SIGTERM reach only the agent, which passes them on to every worker and kills those that
+still run 30 seconds later: `torchrun --shutdown-timeout 600 …` (TORCH_ELASTIC_SHUTDOWN_TIMEOUT before torch 2.13)
+gives a large checkpoint its time. SIGUSR1 kills the agent itself and reaches no worker, unless the agent is told:
+`torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 …`.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+import typing
+
+import torch
+import torch.distributed as dist
+
+from harness.options import BadOption
+
+PATIENCE = datetime.timedelta(days=7)   # rank 0 may read data or fetch a model for hours while the others wait
+REPEAT = 1.0                            # seconds in which the same Ctrl-C may arrive twice, by terminal and by agent
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+RESULTS = ("config.toml", "metrics.jsonl", "dropped.jsonl", "tokens.jsonl", "samples.json", "report.html",
+           "checkpoints", "guide", "policy")
+_held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
+
+
+class Stopped(Exception):
+    """The run ends early because it was told to. status: the exit status, 128 + the signal's number."""
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class NoSpace(OSError):
+    """The disk is too small for what is about to be written."""
+
+
+class Ranks(typing.NamedTuple):
+    """This process among the others."""
+    rank: int
+    world: int
+    device: torch.device
+    signals: "Signals"
+
+
+def start(timeout_minutes, device=None):
+    """Joins the process group of torchrun, or makes one of this process alone. -> Ranks
+
+    device: "cpu" or "cuda"; None takes CUDA where there is any. On CUDA the process gets the GPU of its LOCAL_RANK.
+    timeout_minutes bounds the wait for the other ranks, here and in every collective.
+    Raises BadOption where the environment is incomplete, the port is taken, a GPU is missing, or nobody else comes.
+    """
+    for stream in (0, 1, 2):    # where one is closed, the next file opened would take its number and get its text
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world, local = (_from_environment(name, default) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    alone = "RANK" not in os.environ
+    if alone and world > 1:
+        raise BadOption(f"WORLD_SIZE is {world} but RANK is not set: start with torchrun, or unset WORLD_SIZE")
+    if not 0 <= rank < world:
+        raise BadOption(f"RANK is {rank} but WORLD_SIZE is {world}: start with torchrun, or unset RANK")
+    where = torch.device(kind)
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise BadOption(f"rank {rank} has no GPU: LOCAL_RANK is {local}, this machine shows "
+                            f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        where = torch.device("cuda", local)
+        torch.cuda.set_device(where)
+    group = {"backend": "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", "rank": rank, "world_size": world,
+             "timeout": datetime.timedelta(minutes=timeout_minutes)}
+    if alone:
+        dist.init_process_group(store=dist.HashStore(), **group)
+    else:
+        _join(group, timeout_minutes)
+    signals = Signals()
+    _held.callback(signals.restore)
+    return Ranks(rank, world, where, signals)
+
+
+def _join(group, timeout_minutes):
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise BadOption(f"RANK is set but {missing[0]} is not: start with torchrun, or unset RANK to run alone")
+    host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0)
+    nobody = BadOption(
+        f"rank {group['rank']} of {group['world_size']} found no complete group at {host}:{port} within "
+        f"{timeout_minutes:g} minutes: start all ranks with torchrun, or unset RANK to run alone")
+    # torch waits for ever where something else answers at this port, and prints its stack where nothing does.
+    deadline = threading.Timer(60 * timeout_minutes + 10, _give_up, [nobody])
+    deadline.daemon = True
+    deadline.start()
+    try:
+        if group["rank"] and not _answers(host, port, 60 * timeout_minutes):
+            raise nobody
+        dist.init_process_group(init_method="env://", **group)
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise BadOption(f"port {port} of {host} is in use: set another MASTER_PORT") from None
+        raise nobody from None
+    finally:
+        deadline.cancel()
+
+
+def _give_up(error):
+    _to_stderr(f"train.py: error: {error}")
+    os._exit(2)
+
+
+def _answers(host, port, seconds):
+    """Whether something listens at host:port, asked for so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _from_environment(name, default):
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise BadOption(f"{name} is {text!r}: must be a whole number; start with torchrun, or unset it")
+    return int(text)
+
+
+def stop():
+    """Leaves the process group, gives the output directory free and the signals back. May be called at any time."""
+    _held.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first(work):
+    """Rank 0 does `work()`; every rank returns its result, or raises its error. The others wait as long as it takes.
+
+    The result is pickled on its way from rank 0 to the others: processes of one run trust each other.
+    """
+    return together(work, lambda: None)
+
+
+def together(work, otherwise):
+    """Rank 0 does `work()` while the others do `otherwise()`, which holds the other end of work's collectives.
+
+    Where `work` fails half way, rank 0 goes on with `otherwise()`, so that nobody waits for it; then all ranks raise.
+    -> work's result, on every rank.
+    """
+    if dist.get_world_size() == 1:
+        return work()
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+            otherwise()
+    else:
+        otherwise()
+    outcome = [(result, _portable(error))]
+    dist.broadcast_object_list(outcome, src=0, group=patient)
+    dist.destroy_process_group(patient)
+    if error is not None:
+        raise error
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _portable(error):
+    """The error itself, if it survives pickling; else its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1: the first is noted, for the run to stop where it can be resumed; the second ends
+    the process at once, with status 128 + its number, wherever it is, in a collective that hangs too.
+
+    As long as nobody has asked by `agreed`, there is nothing to save, and the first one ends the process as well.
+    A signal that comes again within a second of the first is the same Ctrl-C, sent by the terminal and the agent.
+    """
+
+    def __init__(self):
+        self.number, self._since, self._asked = 0, 0.0, False
+        # Python runs a handler only between two bytecodes: never, while a collective hangs. The byte that the
+        # interpreter's C handler writes here comes through at once, and a thread reads it.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in CAUGHT}
+        self._fd_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while byte := os.read(self._reader, 1):
+            number, now = byte[0], time.monotonic()
+            if number not in CAUGHT or self.number and now - self._since < REPEAT:
+                continue
+            name = signal.Signals(number).name
+            if self.number or not self._asked:
+                _to_stderr(f"{name}: stopped at once")
+                os._exit(128 + number)
+            self.number, self._since = number, now
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                _to_stderr(f"{name}: stopping at the end of this step; a second one stops at once")
+        os.close(self._reader)
+
+    def agreed(self):
+        """The highest signal number any rank has seen, 0 for none; the same on all ranks. Collective."""
+        self._asked = True
+        if dist.get_world_size() == 1:
+            return self.number
+        highest = torch.tensor(self.number)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    def leave(self, number, state):
+        """Ends the run after signal `number`: says so with `state`, what is saved, and raises Stopped."""
+        if dist.get_rank() == 0:
+            _to_stderr(f"{signal.Signals(number).name}: stopped; {state}")
+        raise Stopped(number)
+
+    def restore(self):
+        """The handlers that were there before."""
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+
+
+def _to_stderr(line):
+    """Past Python's buffers and locks, which may be held by the thread that was interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+def claim(options):
+    """The run's output directory: made, checked, cleared where --overwrite asks for it, locked. Collective. -> path
+
+    Without --out it is runs/NAME, runs/NAME-2, … : the first that is new, or with --resume or --overwrite the last
+    that is there. The lock lasts until stop() or the end of the process, whichever way it ends.
+    Raises BadOption where it cannot be written, holds another run's results, or another run is at work in it.
+    """
+    return first(lambda: _claim(options))
+
+
+def _claim(options):
+    out = options.out
+    try:
+        if out is None:
+            out = _numbered(os.path.abspath(os.path.join("runs", options.name)), options.resume or options.overwrite)
+        os.makedirs(out, exist_ok=True)
+        _lock(out)
+    except FileExistsError:
+        raise BadOption(f"--out {out}: is a file; give a directory") from None
+    except OSError as error:
+        raise BadOption(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
+    found = [name for name in RESULTS if os.path.lexists(os.path.join(out, name))]
+    if found and not options.resume and not options.overwrite:
+        raise BadOption(f"--out {out}: holds another run's results ({', '.join(found)}); "
+                        "give --resume, --overwrite or another directory")
+    if options.overwrite:
+        _clear(out, found, options)
+    return out
+
+
+def _numbered(path, existing):
+    """path, path-2, path-3, …: made new; or the highest that exists, where an existing one is asked for."""
+    number, name = 1, path
+    if existing:
+        while os.path.isdir(f"{path}-{number + 1}"):
+            number += 1
+        return path if number == 1 else f"{path}-{number}"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    while True:
+        try:
+            os.mkdir(name)
+            return name
+        except FileExistsError:
+            number += 1
+            name = f"{path}-{number}"
+
+
+def _lock(out):
+    descriptor = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = " ".join(os.read(descriptor, 200).decode(errors="replace").split())
+        os.close(descriptor)
+        raise BadOption(f"--out {out}: another run is at work in it ({holder}); wait for it, or give another "
+                        "directory") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            os.close(descriptor)
+            raise
+        _to_stderr(f"note: the file system of {out} has no locks: see to it that no second run writes there")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _held.callback(os.close, descriptor)
+
+
+def _clear(out, found, options):
+    """Removes an earlier run's results, and nothing else: the cache stays, its keys tell what it is good for."""
+    for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
+        for name in found:
+            result = os.path.realpath(os.path.join(out, name))
+            if path and os.path.exists(path) and f"{os.path.realpath(path)}/".startswith(f"{result}/"):
+                raise BadOption(f"--overwrite would remove {path}, which this run reads; give another --out")
+    for name in found:
+        path = os.path.join(out, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
+
+
+def need_space(path, size, what):
+    """Raises NoSpace unless the disk that holds `path` has `size` bytes free for `what`. path need not exist yet."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise NoSpace(errno.ENOSPC, f"the disk that holds {path} has {free / 1e9:.2f} GB free; {what} needs "
+                                    f"{size / 1e9:.2f} GB; free some, or give another --out")

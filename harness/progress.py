@@ -1,0 +1,128 @@
+"""What a run tells while it goes on: lines, a progress bar where there is a terminal, and metrics.jsonl."""
+
+import json
+import math
+import os
+import sys
+import time
+
+import tqdm
+
+TENTH, OFTEN, SELDOM = 0.1, 1.0, 60.0   # a plain line every tenth of the way, 1 to 60 seconds after the last
+
+
+def say(text, rank=0):
+    """Prints a line (or several) on rank 0. Control, bidi and other invisible characters are written out, so that a
+    stranger's text cannot steer the terminal. A stdout that is closed or full silences the run; it never ends it."""
+    if rank or sys.stdout is None:
+        return
+    text = "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+                   for char in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        tqdm.tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # What comes later, the flush at exit included, goes nowhere instead of failing again.
+        sys.stdout = open(os.devnull, "w")
+
+
+def words(figures):
+    """Figures of a step in words: {"loss": 0.69, "accuracy": 0.5} -> "loss 0.6900  accuracy 50.0%"."""
+    spelled = {"accuracy": "accuracy {:.1%}", "mfu": "mfu {:.1%}", "tokens_per_second": "{:,.0f} tok/s"}
+    return "  ".join(spelled.get(name, name + " {:.4f}").format(value) for name, value in figures.items())
+
+
+class Progress:
+    """How far a stage has come, of `total` units: a bar on rank 0's terminal, plain lines where there is none."""
+
+    def __init__(self, total, title, rank=0, start=0):
+        self.total, self.title, self.rank, self.start, self.done = total, title, rank, start, start
+        self.began = self.told = time.monotonic()
+        self.told_at, self.figures, self.bar = None, {}, None
+        if rank == 0 and sys.stderr is not None and sys.stderr.isatty():
+            self.bar = tqdm.tqdm(total=total, desc=title, initial=start, dynamic_ncols=True,
+                                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}")
+
+    def advance(self, count=1, **figures):
+        """`count` more are done; figures are shown beside: loss, margin, accuracy, tokens_per_second, mfu."""
+        count = min(count, self.total - self.done)
+        self.done += count
+        self.figures = figures or self.figures
+        if self.bar is not None:
+            try:
+                self.bar.set_postfix_str(words(self.figures), refresh=False)
+                self.bar.update(count)
+            except OSError:     # the terminal is gone
+                self.bar = None
+            return
+        now = time.monotonic()
+        first = self.told_at is None
+        far = not first and self.done - self.told_at >= TENTH * self.total and now - self.told >= OFTEN
+        if first or far or self.done == self.total or now - self.told >= SELDOM:
+            self._tell(now)
+
+    def _tell(self, now):
+        self.told, self.told_at = now, self.done
+        left = ""
+        if self.start < self.done < self.total:
+            seconds = round((now - self.began) / (self.done - self.start) * (self.total - self.done))
+            left = f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        say(f"{self.title} {self.done}/{self.total}  {words(self.figures)}".rstrip() + left, self.rank)
+
+    def close(self):
+        """Ends the bar, or prints the last line where it is not yet told."""
+        if self.bar is not None:
+            try:
+                self.bar.close()
+            except OSError:
+                pass
+        elif self.told_at != self.done:
+            self._tell(time.monotonic())
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, written by rank 0 alone."""
+
+    def __init__(self, path, rank=0):
+        self.path, self.rank = path, rank
+
+    def write(self, row):
+        """Appends {name: value}. A figure that is not finite becomes null: NaN and Infinity are no JSON."""
+        if self.rank:
+            return
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in plain.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def keep_until(self, stage, step):
+        """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file ends up
+        as if the run had never stopped. The evaluation of `step` itself goes too, since it follows the checkpoint
+        and is done again. The file is replaced in one move."""
+        if self.rank or not os.path.exists(self.path):
+            return
+        kept = []
+        with open(self.path, "rb") as file:
+            for line in file:
+                row = _row(line)
+                if row is None or row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
+                    break
+                kept.append(line)
+            else:
+                return
+        with open(f"{self.path}.tmp", "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{self.path}.tmp", self.path)
+
+
+def _row(line):
+    """The row of a line; None where a kill or a full disk cut it short."""
+    try:
+        row = json.loads(line)
+        return row if line.endswith(b"\n") and row.keys() >= {"stage", "step"} else None
+    except (ValueError, AttributeError):
+        return None
