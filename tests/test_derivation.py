@@ -142,6 +142,7 @@ def test_D2_state_distributions(seed):
     draw = rng(seed)
     logp, ref, reward = policy(draw), policy(draw), table(draw)
     d = tgdpo.state_distributions(logp, TREE.child, 3)
+    assert d.shape == (3, 7)
     for t, s in itertools.product(range(3), range(7)):
         passing = math.fsum(p for p, y in zip(probabilities(logp), TREE.responses)
                             if len(y) > t and y[t][0] == s)
