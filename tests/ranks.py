@@ -1,0 +1,59 @@
+"""Several ranks of train.py on this machine, forked from a server that has torch imported already: quick to start."""
+
+import multiprocessing
+import os
+import socket
+import sys
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train"])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(rank, world, port, arguments, log, fault):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    import torch
+
+    import train
+    torch.set_num_threads(1)
+    if fault:
+        fault(rank)
+    status = train.main([str(a) for a in arguments])
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def start(world, arguments, log, fault=None):
+    """Starts the ranks and returns their processes. fault: a module-level function of the rank, called first."""
+    port = free_port()
+    processes = [SERVER.Process(target=_rank, args=(rank, world, port, arguments, str(log), fault))
+                 for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, seconds=120):
+    """The exit statuses, as of a shell: a process ended by signal n counts -n. Kills what is left after `seconds`."""
+    for process in processes:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def run(world, arguments, log, fault=None, seconds=120):
+    """Exit statuses of all ranks, and what they printed together."""
+    statuses = finish(start(world, arguments, log, fault), seconds)
+    return statuses, "".join(open(f"{log}.{rank}").read() for rank in range(world))
