@@ -1,0 +1,640 @@
+"""The report page, of run directories made here: in an HTML parser and, where installed, in Chromium."""
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+from report import figures, report
+from report.text import UNSEEN, visible
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+WORDS = (" the", " cat", " sat", " quietly", " on", " a", " mat", ",", ".", "\n\n", " and", " said", " “",
+         "”", "hello", " 42", " of", " course", ":", " no", " yes", " blue", " small", "!", " tre", "es", " run",
+         "ning")
+
+
+def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=60):
+    """A finished run's files, made up: a guide that likes some words, a policy that followed it half-way."""
+    rng = np.random.default_rng(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    likes = rng.normal(0, 4, len(words))
+    (out / "config.toml").write_text(f'loss = "{loss}"\nmodel = "example/tiny"\nbeta = 0.1\nalpha = 0.5\n'
+                                     'guide_beta = 1.0\nlr = 7e-7\nbatch_size = 32\ndata = ["pairs.jsonl"]\n')
+    rows = []
+    for stage in ("dpo", "tgdpo") if loss == "tgdpo" else (loss,):
+        for step in range(1, steps + 1):
+            done = 1 - math.exp(-3 * step / steps)
+            row = {"stage": stage, "step": step, "epoch": 1, "loss": 0.693 - 0.4 * done + rng.normal(0, 0.02),
+                   "margin": 1.3 * done + rng.normal(0, 0.05), "dpo_margin": 0.9 * done,
+                   "accuracy": min(1, 0.5 + 0.4 * done + rng.normal(0, 0.03)),
+                   "logratio_chosen": -2 * done, "logratio_rejected": -11 * done,
+                   "lr": 7e-7 * math.cos(1.5 * step / steps), "grad_norm": 20 * rng.lognormal(0, 0.2),
+                   "tokens_per_second": 8000 + 200 * rng.normal()}
+            if stage == "tgdpo":
+                row |= {"r_hat_mean": 0.01, "r_hat_std": 0.3, "r_hat_min": -2 + rng.normal(0, 0.2),
+                        "r_hat_max": 1.8, "f_mean": 1.0, "f_std": 0.15, "f_min": -0.1, "f_max": 2.1,
+                        "f_nonpositive": 0.02 * done}
+            rows.append(row)
+            if step % (steps // 6) == 0:
+                held_out = {key: value for key, value in row.items() if key not in ("lr", "grad_norm")}
+                rows.append(held_out | {"eval": True, "accuracy": 0.5 + 0.3 * done})
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    with open(out / "tokens.jsonl", "w") as file:
+        for number in range(pairs):
+            row = {"source": f"pairs.jsonl:{number + 1}",
+                   "prompt": f"<|user|>\nQuestion {number}: what did the cat do?<|assistant|>\n"}
+            for side, sign in (("chosen", 0.5), ("rejected", -0.5)):
+                T = int(rng.integers(length // 2, length + 1))
+                ids = rng.integers(0, len(words), T)
+                ref = -rng.gamma(1.2, 1.5, T)
+                pull = 0.2 * likes[ids] * rng.normal(1, 0.5, T) + 0.1 * sign
+                row[side] = {"tokens": [words[i] for i in ids[:-1]] + ["<|end|>"],
+                             "policy": (ref + 0.7 * pull + rng.normal(0, 0.1, T)).round(5).tolist()}
+                if loss != "simpo":
+                    row[side]["ref"] = ref.round(5).tolist()
+                if loss == "tgdpo":
+                    row[side]["guide"] = (ref + pull).round(5).tolist()
+            file.write(json.dumps(row) + "\n")
+    (out / "samples.json").write_text(json.dumps([
+        {"prompt": "What is <b>bold</b>?", "reference": "A tag.\n", "guide": "HTML", "policy": "Tag"}] * 3))
+    (out / "dropped.jsonl").write_text('{"file": "pairs.jsonl", "row": 7, "reason": "empty response"}\n' * 2)
+    (out / "run.json").write_text(json.dumps({
+        "command": "python train.py --seed 0", "machine": {"device": "2 cores", "gpu": None},
+        "versions": {"torch": "2.13.0"},
+        "data": {"train": {"rows": 130, "kept": 128, "cut": 3, "dropped": 2}, "eval": {"rows": 24}},
+        "table": [{"model": "reference", "accuracy": 0.5}, {"model": "policy", "accuracy": 0.8125}]}))
+    return out
+
+
+def one_pair(out, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\nguide-beta = 0.25\n'):
+    """A run of one pair with numbers small enough to check by hand."""
+    out.mkdir(exist_ok=True)
+    (out / "config.toml").write_text(config)
+    row = {"source": "a.jsonl:1", "prompt": "Q",
+           "chosen": {"tokens": ["yes", "<e>"], "ref": [-2, -1], "guide": [-1, -2], "policy": [-1, -1]},
+           "rejected": {"tokens": ["no", "!", "<e>"], "ref": [-1, -1, -1], "guide": [-3, -1, -1],
+                        "policy": [-2, -1, -3]}}
+    (out / "tokens.jsonl").write_text(json.dumps(row) + "\n")
+    return out
+
+
+def scored(out):
+    rows, _ = report.read_rows(out / "tokens.jsonl")
+    settings = report.settings_of(report.read_config(out / "config.toml"), [])
+    return [report.score(number, row, settings) for number, row in enumerate(rows, 1)]
+
+
+def test_a_pair_by_hand(tmp_path):
+    pair, = scored(one_pair(tmp_path))
+    assert [part.tolist() for part in pair.reward] == [[0.25, -0.25], [-0.5, 0, 0]]   # 0.25 * (guide - ref)
+    assert [part.tolist() for part in pair.weight] == [[1.5, 0.5], [2, 1, 1]]  # 1 + 2 r_hat, 1 - 2 r_hat
+    assert pair.margin == 0.0 - -0.5
+    assert pair.plain == 0.5 * (1 - -3)                                               # moved: 1 0 and -1 0 -2
+    assert pair.phi == 0.5 * (1.5 * 1 - (2 * -1 + 1 * -2))
+
+
+def test_without_a_guide_the_policy_is_the_reward(tmp_path):
+    pair, = scored(one_pair(tmp_path, config='loss = "dpo"\nbeta = 0.5\n'))
+    assert [part.tolist() for part in pair.reward] == [[0.5, 0], [-0.5, 0, -1]]
+    assert [part.tolist() for part in pair.weight] == [[1, 1], [1, 1, 1]]
+    assert pair.margin == pair.plain == pair.phi == 2.0
+    data = report.gather(tmp_path)
+    assert not data["guided"] and data["symbol"] == "β log π/π_ref"
+    names = [each["name"] for each in data["classes"]]
+    assert names == ["largest margin", "smallest margin", "policy got wrong"]
+    assert not any(" f" in chart["title"] for chart in data["moved"]["charts"])
+
+
+def test_simpo_has_no_reference(tmp_path):
+    run = make_run(tmp_path, loss="simpo", pairs=2)
+    row = report.read_rows(run / "tokens.jsonl")[0][0]
+    pair, _ = scored(run)
+    for side in (0, 1):
+        policy = row[figures.SIDES[side]]["policy"]
+        assert pair.reward[side] == pytest.approx(0.1 / len(policy) * np.array(policy), rel=1e-5)
+    assert (pair.moved, pair.plain, pair.phi) == (None, None, None)
+    data = report.gather(run)
+    assert data["symbol"] == "β/|y| log π" and data["moved"]["figures"][0][0] == "Policy accuracy"
+
+
+def test_guide_beta_is_beta_where_none_is_given(tmp_path):
+    pair, = scored(one_pair(tmp_path, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\n'))
+    assert pair.reward[0].tolist() == [0.5, -0.5]
+
+
+def test_the_pairs_helped_most_and_least_and_those_the_guide_got_wrong():
+    def pair(number, margin, plain, phi):
+        return report.Scored(number, "", "", (), None, None, None, margin, plain, phi)
+    pairs = [pair(1, 1, 3, 4), pair(2, -2, 1, 5), pair(3, 0, 2, 2), pair(4, 5, 6, 5), pair(5, 1, 1, 3),
+             pair(6, 1, 0, 3)]                                      # phi - plain: 1, 4, 0, -1, 2, 3
+    most, least, wrong = report.classes_of(pairs, True)
+    assert (most["pairs"], least["pairs"], wrong["pairs"]) == ([2, 6, 5], [4, 3, 1], [3, 2])
+    most, least, wrong = report.classes_of([p._replace(phi=None) for p in pairs], True)
+    assert (most["name"], most["pairs"][0], least["pairs"][0]) == ("largest margin", 4, 2)
+
+
+def test_what_carries_the_reward_by_hand(tmp_path):
+    moved = report.gather(one_pair(tmp_path))["moved"]
+    table = {(row[0], row[1]): row[2:] for row in moved["table"]}
+    # tokens, share of tokens, of the summed |r_hat|, of the summed |f|, mean r_hat
+    assert table["end token", "chosen"] == ["1", "50.0%", "50.0%", "25.0%", "−0.25"]
+    assert table["punctuation", "rejected"] == ["1", "33.3%", "0.0%", "25.0%", "+0"]
+    assert table["other", "rejected"] == ["1", "33.3%", "100.0%", "50.0%", "−0.5"]
+    assert table["white space", "chosen"] == ["0", "0.0%", "0.0%", "0.0%", "–"]
+    assert moved["end"] == "<e>"
+    told = {label: value for label, value, _ in moved["figures"]}
+    assert told["Guide accuracy"] == "100.0%" and told["Tokens with f ≤ 0, chosen"] == "0.0%"
+
+
+def test_the_reward_is_correlated_with_length(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(30):
+        row = {"source": "", "prompt": ""}
+        for side in figures.SIDES:
+            T = int(rng.integers(2, 30))
+            guide = rng.normal(-0.9, 0.01, T).tolist()
+            row[side] = {"tokens": ["a"] * T, "ref": [-1] * T, "guide": guide}
+        rows.append(json.dumps(row))
+    one_pair(tmp_path)
+    (tmp_path / "tokens.jsonl").write_text("\n".join(rows))
+    told = {label: value for label, value, _ in report.gather(tmp_path)["moved"]["figures"]}
+    assert float(told["Summed reward with length"]) > 0.95 and float(told["Margin with extra length"]) > 0.95
+
+
+def test_kinds_of_tokens():
+    kinds = {"other": (" the", "x.", "日", "<e>", ""), "white space": ("\n", " "),
+             "punctuation": (".", " (", "...", "+")}
+    for kind, tokens in kinds.items():
+        assert {figures.kind_of(token) for token in tokens} == {kind}
+
+
+def test_distributions_hold_every_token(tmp_path):
+    charts = {chart["title"]: chart for chart in report.gather(make_run(tmp_path))["moved"]["charts"]}
+    for title in ("Distribution of r̂", "Distribution of f"):
+        assert [sum(series["y"]) for series in charts[title]["series"]] == pytest.approx([1, 1], abs=1e-3)
+    mean_line = charts["Change of a token's log-ratio against its weight f"]["series"][2]
+    assert np.corrcoef(mean_line["x"], mean_line["y"])[0, 1] > 0.9     # make_run's policy follows its guide
+    band = charts["f by position"]["series"][1]
+    assert all(low < mean < high for low, mean, high in zip(band["lo"], band["y"], band["hi"]))
+
+
+def test_curves_by_stage(tmp_path):
+    make_run(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:         # a resumed run writes its last steps again
+        file.write(json.dumps({"stage": "tgdpo", "step": 60, "loss": 0.125, "lr": 1e-9}) + "\n")
+    guide, policy = report.gather(tmp_path)["stages"]
+    assert (guide["title"], policy["title"]) == ("Stage 1: the guide, trained with DPO", "Stage 2: TGDPO")
+    assert [chart["title"] for chart in policy["charts"]] == [
+        "Loss", "Reward margin", "Accuracy (pairs with margin > 0)", "Log-ratio to the reference, summed",
+        "Share of tokens with f ≤ 0", "Gradient norm", "Learning rate", "Tokens per second",
+        "Token reward r̂ in the batch", "Weight f in the batch"]
+    assert not any("f ≤ 0" in chart["title"] or "r̂" in chart["title"] for chart in guide["charts"])
+    loss = policy["charts"][0]["series"]
+    assert [series["name"] for series in loss] == ["training", "held out"]
+    assert loss[0]["x"] == list(range(1, 61)) and loss[1]["x"] == list(range(10, 61, 10))
+    assert loss[0]["y"][-1] == 0.125
+    assert [series["name"] for series in policy["charts"][1]["series"]] == [
+        "optimised φ, training", "optimised φ, held out", "plain DPO, training", "plain DPO, held out"]
+
+
+def test_a_long_curve_keeps_its_spikes():
+    values = [0.0] * 50_000
+    values[31_415], values[271] = 9.0, -7.0
+    x, y = figures.thinned(list(range(50_000)), values)
+    assert len(x) <= figures.MOST_POINTS + 2 and x == sorted(x)
+    assert (x[y.index(9.0)], x[y.index(-7.0)]) == (31_415, 271) and (x[0], x[-1]) == (0, 49_999)
+
+
+FILES = ("metrics.jsonl", "config.toml", "tokens.jsonl", "samples.json", "dropped.jsonl", "run.json")
+
+
+def test_the_page_shows_what_there_is(tmp_path):
+    run = make_run(tmp_path / "run", pairs=4, length=8, steps=12)
+    whole = {name: (run / name).read_bytes() for name in FILES}
+    for name in FILES:
+        (run / name).unlink()
+        report.write(run)
+        for cut in (0, 1, len(whole[name]) // 2, len(whole[name]) - 3):
+            (run / name).write_bytes(whole[name][:cut])
+            report.write(run)
+        (run / name).write_bytes(whole[name])
+    (run / "tokens.jsonl").write_bytes(whole["tokens.jsonl"][:-40])
+    (run / "metrics.jsonl").write_bytes(whole["metrics.jsonl"][:-40])
+    (run / "config.toml").write_bytes(whole["config.toml"][:len(b'loss = "tgdpo"\nmodel = "exa')])
+    data = report.gather(run)
+    assert [pair["n"] for pair in data["pairs"]] == [1, 2, 3]
+    assert data["notes"] == ["1 line(s) of metrics.jsonl could not be read and are left out.",
+                             "1 line(s) of tokens.jsonl could not be read and are left out.",
+                             "config.toml does not give beta, alpha; assumed: beta 0.1, alpha 0.5."]
+    for name in FILES:
+        (run / name).unlink()
+    empty = report.gather(run)
+    assert not any(empty[key] for key in ("stages", "pairs", "moved", "tables", "samples", "tiles", "notes"))
+
+
+def test_no_damage_to_a_file_stops_the_page(tmp_path):
+    run = make_run(tmp_path / "run", pairs=3, length=6, steps=6)
+    rng = np.random.default_rng(1)
+    junk = [b"null", b"1e999", b"-1", b'"x"', b"[]", b"{}", b"\xff", b'"', b"}", b"NaN", b"9" * 400,
+            b"\\ud800", b"\x00", b""]
+    whole = {name: (run / name).read_bytes() for name in FILES}
+    for name in FILES:
+        for _ in range(8):
+            text = whole[name]
+            values = [match.span() for match in re.finditer(rb'"[^"]*"|-?\d[\d.e-]*|\[|\{', text)]
+            begin, end = values[rng.integers(len(values))]
+            (run / name).write_bytes(text[:begin] + junk[rng.integers(len(junk))] + text[end:])
+            report.page(report.gather(run))
+        (run / name).write_bytes(whole[name])
+
+
+def test_data_counts_settings_machine_and_command(tmp_path):
+    run = make_run(tmp_path)
+    data = report.gather(run)
+    tables = {each["id"]: each for each in data["tables"]}
+    assert tables["evaluation"]["rows"][1] == ["policy", "0.8125"]
+    assert tables["data"]["columns"] == ["", "train", "eval"]
+    assert tables["data"]["rows"][:2] == [["rows read", "130", "24"], ["pairs kept", "128", "–"]]
+    assert tables["reasons"]["rows"] == [["empty response", "2"]]
+    assert tables["dropped"]["rows"] == [["pairs.jsonl", "7", "empty response"]] * 2
+    assert ["lr", "7e-07"] in tables["settings"]["rows"] and ["guide_beta", "1"] in tables["settings"]["rows"]
+    assert tables["machine"]["rows"] == [["device", "2 cores"], ["gpu", "–"], ["torch", "2.13.0"]]
+    assert data["command"] == "python train.py --seed 0" and len(data["samples"]) == 3
+
+
+# --- nothing that a token holds acts on the page --------------------------------------------------
+
+def awkward_tokens():
+    """Some thousand tokens that a page could trip over."""
+    fragments = ["<", ">", "&", '"', "'", "`", "</script>", "<script>alert(1)</script>", "<!--", "-->", "]]>",
+                 "\\", "<img src=x onerror=alert(1)>", "&lt;", "&#60;", "javascript:alert(1)", "\\u003c",
+                 "${1}", "{{DATA}}", "__proto__", "constructor", "</style>", "</textarea>", "<svg/onload=alert(1)>",
+                 "%3Cscript%3E", "'-alert(1)-'", "Ġthe", "Ċ", "▁a", "<0x0A>", "<|endoftext|>", "🙂",
+                 "👨‍👩‍👧", "🇩🇪", "❤️", "é", "e\u0301", "\u0301", "日本", "العربية", "עברית", "\ufffd",
+                 "a\u0300" * 60, "=" * 300, " " * 128, ""]
+    codes = [*range(0x20), *range(0x7F, 0xA1), 0xAD, 0x61C, *range(0x2000, 0x2010), *range(0x2028, 0x2030),
+             *range(0x205F, 0x2070), 0x3000, 0x3164, 0xD800, 0xDBFF, 0xDC00, 0xDFFF, 0xE000, 0xFE0F, 0xFEFF,
+             0xFFF9, 0xFFFE, 0xE0001, 0xE0041, 0xE0100, 0x10FFFF]
+    byte_level = [chr(code) for code in range(0x21, 0x180)]
+    controls = [chr(code) for code in codes]
+    return fragments + controls + byte_level + [a + b for a in fragments for b in fragments + controls[::2]]
+
+
+def awkward_run(out, tokens):
+    """A run that has these tokens as its tokens and in every other text of the page."""
+    run = make_run(out, pairs=-(-len(tokens) // 400))
+    rows = []
+    for i, row in enumerate(report.read_rows(run / "tokens.jsonl")[0]):
+        for start, side in zip((400 * i, 400 * i + 200), figures.SIDES):
+            part = tokens[start:start + 200] + ["<|end|>"]
+            logps = {key: [-1 - k / 100 for k in range(len(part))] for key in ("ref", "guide", "policy")}
+            row[side] = {"tokens": part, **logps}
+        row |= {"prompt": "".join(tokens[50 * i:50 * i + 50]), "source": tokens[i]}
+        rows.append(json.dumps(row))
+    (run / "tokens.jsonl").write_text("\n".join(rows))
+    bad = "".join(tokens[:200])
+    (run / "samples.json").write_text(json.dumps([{"prompt": bad, bad: bad, "__proto__": bad}]))
+    (run / "dropped.jsonl").write_text(json.dumps({"file": bad, "row": 1, "reason": bad}))
+    (run / "run.json").write_text(json.dumps({
+        "command": bad, "machine": {bad: bad}, "data": {bad: {bad: bad}}, "table": [{bad: bad}]}))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"stage": bad, "step": 1, "loss": 1.0}) + "\n")
+    return run
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, *[name for name, _ in attributes]))
+
+
+def hidden(text):
+    """The characters of text that show nothing, or more than themselves."""
+    unseen = UNSEEN - {0xFE0F}          # an emoji may keep it
+    return {hex(ord(c)) for c in set(text) if not c.isprintable() and c not in "\n\t" or ord(c) in unseen}
+
+
+def test_tokens_leave_only_our_own_tags(tmp_path):
+    tokens = awkward_tokens()
+    assert len(tokens) > 4000
+    (tmp_path / "none").mkdir()
+    plain = report.write(tmp_path / "none").read_text(encoding="utf-8")
+    text = report.write(awkward_run(tmp_path / "<img src=x>\u202e", tokens)).read_text(encoding="utf-8")
+    ours = "html head meta meta meta meta title style body header nav main noscript p div script script"
+    assert Tags(text).tags == Tags(plain).tags and " ".join(tag for tag, *_ in Tags(plain).tags) == ours
+    assert not hidden(text)
+    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+    assert embedded.isascii() and not set("<>&") & set(embedded)
+    data = json.loads(embedded)
+    assert not hidden("".join(data["pieces"]))
+    assert {visible(token) for token in tokens} <= set(data["pieces"])
+
+
+def test_every_character_that_cannot_be_seen_is_spelled():
+    codes = [*range(0x20000), *range(0xE0000, 0xE0200), *range(0xF0000, 0x110000, 997)]
+    everything = "".join(map(chr, codes))
+    assert not hidden(visible(everything))
+    assert visible("a\u202eb\x00\x1b[2J\u200b") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+001B⟩[2J⟨U+200B⟩"
+    assert visible("\ud800\r\n\tc d") == "⟨U+D800⟩⟨U+000D⟩\n\tc d"
+    assert visible("❤\ufe0f a\ufe0f") == "❤\ufe0f a⟨U+FE0F⟩" and visible("\u0301x") == "◌\u0301x"
+    assert visible("\u034f\u3164\U000e0041\u2800") == "⟨U+034F⟩⟨U+3164⟩⟨U+E0041⟩⟨U+2800⟩"
+    assert visible("naïve 日本 🙂 ⟨") == "naïve 日本 🙂 ⟨"
+
+
+def test_the_page_runs_and_loads_nothing_else(tmp_path):
+    text = report.write(make_run(tmp_path)).read_text(encoding="utf-8")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    for kind, pattern in (("script", r"<script>(.*?)</script>"), ("style", r"<style>(.*?)</style>")):
+        digest = hashlib.sha256(re.search(pattern, text, re.S)[1].encode()).digest()
+        assert f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
+    assert set(re.findall(r"https?://[^\"'\s]*", text)) == {"http://www.w3.org/2000/svg"}     # not fetched
+    script = (ROOT / "report" / "page.js").read_text(encoding="utf-8")
+    ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|fetch\(|XMLHttp"
+    assert not re.search(ways, script)
+
+
+def luminance(colour):
+    channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
+
+
+def contrast(a, b):
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_contrast(mode):
+    """WCAG AA: 4.5 for text, also on the strongest colours of the heat map; 3 for lines."""
+    style = (ROOT / "report" / "page.css").read_text(encoding="utf-8")
+    block = re.findall(r":root \{(.*?)\}", style, re.S)[mode]
+    colour = {name: tuple(int(value[i:i + 2], 16) / 255 for i in (0, 2, 4))
+              for name, value in re.findall(r"--(\w+): #(\w{6});", block)}
+    for pair in ("ink paper", "ink back", "muted paper", "muted back", "accent back", "ink warn",
+                 "paper accent", "blue paper", "orange paper"):
+        assert contrast(*(colour[name] for name in pair.split())) >= 4.5, pair
+    for name in ("more", "less"):
+        strongest = tuple(0.6 * a + 0.4 * b for a, b in zip(colour[name], colour["paper"]))
+        assert contrast(colour["ink"], strongest) >= 4.5, name
+    for line in ("blue", "orange", "green", "purple", "accent"):
+        assert contrast(colour[line], colour["paper"]) >= 3, line
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def big_page(tmp_path_factory):
+    """200 pairs of two responses with 400 tokens each, thousands of different pieces."""
+    run = make_run(tmp_path_factory.mktemp("report") / "big", pairs=1)
+    rng = np.random.default_rng(0)
+    row = report.read_rows(run / "tokens.jsonl")[0][0]
+    with open(run / "tokens.jsonl", "w") as file:
+        for _ in range(200):
+            for side in figures.SIDES:
+                logps = np.round(-rng.gamma(1.2, 1.5, (3, 400)), 5).tolist()
+                row[side] = {"tokens": [f" word{i}" for i in rng.integers(0, 8000, 400)],
+                             **dict(zip(("ref", "guide", "policy"), logps))}
+            file.write(json.dumps(row | {"prompt": "What? " * 300}) + "\n")
+    return report.write(run)
+
+
+def test_a_big_page_stays_small(big_page):
+    assert 2e6 < big_page.stat().st_size < 6e6
+
+
+def test_more_tokens_than_the_page_carries(tmp_path, monkeypatch):
+    run = make_run(tmp_path, pairs=30, length=40)
+    everything = report.gather(run)
+    monkeypatch.setattr(report, "MOST_TOKENS", 1000)
+    part = report.gather(run)
+    assert 10 < len(part["pairs"]) < 30 and part["moved"] == everything["moved"]
+    listed = {number for each in part["classes"][:2] for number in each["pairs"]}
+    assert listed <= {pair["n"] for pair in part["pairs"]}
+    assert f"Token by token the page holds {len(part['pairs'])} of the 30 pairs" in part["notes"][-1]
+
+
+def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", pairs=2)
+    page = report.write(run)
+    assert page == run / "report.html"
+    before = page.read_text(encoding="utf-8")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(run)
+    assert page.read_text(encoding="utf-8") == before and not list(run.glob(".report*"))
+
+
+def test_the_command(tmp_path):
+    run = make_run(tmp_path / "run", pairs=2)
+    command = [sys.executable, ROOT / "report" / "report.py"]
+    done = subprocess.run([*command, run, "--output", tmp_path / "page.html"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'page.html'}\n", "")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert not (run / "report.html").exists()
+    done = subprocess.run([*command, tmp_path / "no"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = f"report.py: error: {tmp_path / 'no'} is no directory; give a run's output directory\n"
+    assert done.stderr == told
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+class Browser:
+    """Headless Chromium through chromedriver's HTTP interface (W3C WebDriver)."""
+
+    def __init__(self, profile):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        port = next(match[1] for match in (re.search(r"started successfully on port (\d+)", line)
+                                           for line in self.driver.stdout) if match)
+        self.base = f"http://127.0.0.1:{port}"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+        wanted = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
+                  "goog:chromeOptions": {"args": flags, "binary": shutil.which("chromium")}}
+        session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self.base += "/session/" + session["sessionId"]
+
+    def call(self, method, path, body=None):
+        content = json.dumps(body or {}).encode() if method == "POST" else None
+        request = urllib.request.Request(self.base + path, content, {"Content-Type": "application/json"},
+                                         method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, path, width=1280, height=900, mode="light"):
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        media = {"features": [{"name": "prefers-color-scheme", "value": mode}]}
+        for command, parameters in (("setDeviceMetricsOverride", screen), ("setEmulatedMedia", media)):
+            self.call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": parameters})
+        self.call("POST", "/url", {"url": path.as_uri()})
+
+    def run(self, script, *arguments):
+        return self.call("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def click(self, selector):
+        element = self.call("POST", "/element", {"using": "css selector", "value": selector})
+        self.call("POST", f"/element/{next(iter(element.values()))}/click")
+
+    def press(self, *keys):
+        """W3C key values, such as U+E014 for the right arrow."""
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def log(self):
+        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"})]
+
+    def close(self):
+        try:
+            self.call("DELETE", "")
+        finally:
+            self.driver.terminate()
+            self.driver.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+RIGHT, DOWN, END = "\ue014", "\ue015", "\ue010"
+TIP = """return [...document.querySelectorAll('#tip tr')].map(
+             row => [...row.children].map(cell => cell.textContent))"""
+NUMBERS = """return [...document.querySelectorAll('.list [role=option]')].map(
+                 option => Number(option.dataset.pair))"""
+COUNT = "return document.querySelectorAll(arguments[0]).length"
+
+
+def test_in_a_browser(browser, tmp_path):
+    run = make_run(tmp_path / "run")
+    page = report.write(run)
+    pairs = scored(run)
+    data = report.gather(run)
+    browser.open(page)
+    assert browser.run("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == [
+        "Final evaluation", "Curves", "Tokens", "What moved", "Samples", "The run"]
+    charts = sum(len(stage["charts"]) for stage in data["stages"]) + len(data["moved"]["charts"])
+    assert browser.run(COUNT, "figure .plot svg") == charts
+
+    # filters: by class, by text, by number
+    assert browser.run(NUMBERS) == list(range(1, 25))
+    wrong = data["classes"][2]["pairs"]
+    browser.click("button[data-key='guide got wrong']")
+    assert 0 < len(wrong) < 24 and browser.run(NUMBERS) == wrong
+    browser.click("button[data-key='all']")
+    for wanted, found in (("question 17:", [18]), ("#7", [7]), ("no such text", []), ("2", [2])):
+        browser.run("""const find = document.getElementById('find');
+                       find.value = arguments[0];
+                       find.dispatchEvent(new Event('input'))""", wanted)
+        assert browser.run(NUMBERS) == found
+
+    # token by token, by keyboard
+    pair = pairs[1]
+    assert browser.run(COUNT, ".tok") == sum(len(response.tokens) for response in pair.responses)
+    browser.run("document.querySelector('.tok').focus()")
+    browser.press(RIGHT, RIGHT)
+    tip = {row[0]: row[1] for row in browser.run(TIP)}
+    number = lambda text: float(text.replace("−", "-").rstrip("%").split(" (")[0])
+    response, reward, weight = pair.responses[0], pair.reward[0], pair.weight[0]
+    assert tip["token"] == f"3 of {len(response.tokens)}"
+    for name, value in (("r̂", reward[2]), ("weight f", weight[2]), ("log π_ref", response.ref[2]),
+                        ("log π_guide", response.guide[2]), ("log π (policy)", response.policy[2]),
+                        ("log π/π_ref", pair.moved[0][2])):
+        assert number(tip[name]) == pytest.approx(value, rel=2e-3), name
+    assert number(tip["share of Σ|f|"]) == pytest.approx(100 * abs(weight[2]) / abs(weight).sum(), abs=0.006)
+    browser.press(END)
+    assert browser.run("return document.activeElement.textContent") == "<|end|>"
+
+    # colours: the switch changes them, and a rejected token's weight has the sign opposite to its reward
+    painted = """return [...document.querySelectorAll('.tokens')].map(
+                     box => [...box.querySelectorAll('.tok')].map(token => token.classList[1]))"""
+    by_reward = browser.run(painted)
+    browser.click("button[data-key='weight']")
+    by_weight = browser.run(painted)
+    assert by_weight[0] == by_reward[0] == ["more" if r > 0 else "less" for r in reward]
+    assert by_weight[1] == ["less" if name == "more" else "more" for name in by_reward[1]]
+    assert browser.run(COUNT, ".tok.flip") == sum((part <= 0).sum() for part in pair.weight)
+
+    # a curve, by keyboard
+    browser.run("document.querySelector('figure svg[tabindex]').focus()")
+    browser.press(RIGHT)
+    assert browser.run("return document.querySelector('#tip .title').textContent") == "step 1"
+    assert browser.run(TIP)[0][0] == "training"
+
+    for mode in ("light", "dark"):
+        browser.open(page, width=360, height=720, mode=mode)
+        assert browser.run("return document.documentElement.scrollWidth") == 360
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(14, 18, 23)"
+    assert browser.log() == []
+
+
+def test_awkward_tokens_in_a_browser(browser, tmp_path):
+    page = report.write(awkward_run(tmp_path / "run", awkward_tokens()))
+    browser.open(page, width=360, height=720)
+    count = browser.run(COUNT, ".list [role=option]")
+    browser.run("document.querySelectorAll('.list [role=option]').forEach(option => option.click())")
+    names, attributes, text, width = browser.run("""
+        const all = [...document.querySelectorAll('*')];
+        return [[...new Set(all.map(e => e.localName))],
+                [...new Set(all.flatMap(e => e.getAttributeNames()))],
+                document.body.innerText, document.documentElement.scrollWidth]""")
+    assert count > 10 and width == 360
+    ours = """html head meta title style body header nav main div p a b h1 h2 h3 h4 section span wbr button
+              input dl dt dd figure figcaption svg path line rect circle g text table thead tbody tr th td
+              details summary pre code script footer noscript"""
+    assert set(names) <= set(ours.split())
+    assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "action")]
+    assert not hidden(text)
+    assert browser.log() == []
+
+
+def test_a_big_page_opens_quickly(browser, big_page):
+    began = time.monotonic()
+    browser.open(big_page)
+    assert browser.run(COUNT, ".tok") == 800        # one pair at a time is drawn
+    assert time.monotonic() - began < 8
+    assert browser.log() == []
+
+
+def test_a_run_that_has_just_begun_in_a_browser(browser, tmp_path):
+    run = make_run(tmp_path / "run", pairs=2)
+    rows, _ = report.read_rows(run / "tokens.jsonl")
+    for row in rows:
+        for side in figures.SIDES:
+            del row[side]["guide"], row[side]["policy"]
+    (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().split("\n")[0])
+    browser.open(report.write(run))
+    assert browser.run(COUNT, ".tok") > 0 and browser.log() == []
+    for name in FILES:
+        (run / name).unlink()
+    browser.open(report.write(run))
+    assert "has not written anything yet" in browser.run("return document.querySelector('main').textContent")
+    assert browser.log() == []
