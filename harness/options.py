@@ -245,41 +245,43 @@ def to_toml(options):
 
 
 def read_toml(path):
-    """A TOML file -> {option: value}, checked. Keys may be written with dashes as well."""
+    """A TOML file -> {option: value}, checked. Keys may be written with dashes as well. Raises BadOption."""
     settings = {}
     for key, value in _load_toml(path).items():
         name = key.replace("-", "_")
+        where = f"{_shown(path)}: {name} = {_shown(value)}"
         if name not in FIELDS:
-            raise BadOption(f"{path}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
+            raise BadOption(f"{_shown(path)}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
         if name in settings:
-            raise BadOption(f"{path}: {name} is given twice, with dashes and with underscores; keep one")
-        settings[name] = _check(name, _from_toml(name, value, path), f"{path}: {name} = {_shown(value)}")
+            raise BadOption(f"{_shown(path)}: {name} is given twice, with dashes and with underscores; keep one")
+        settings[name] = _check(name, _from_toml(name, value, where), where)
     return settings
 
 
 def _load_toml(path):
+    where = f"--config {_shown(path)}"
+    if not os.path.exists(path):
+        raise BadOption(f"{where}: there is no such file")
+    if not os.path.isfile(path):
+        raise BadOption(f"{where}: is no file; give a .toml file")
+    if os.path.getsize(path) > 2**20:
+        raise BadOption(f"{where}: is larger than 1 MB; give a .toml file with options")
     try:
-        if not os.path.exists(path):
-            raise BadOption(f"--config {path}: there is no such file")
-        if not os.path.isfile(path):
-            raise BadOption(f"--config {path}: is no file; give a .toml file")
-        if os.path.getsize(path) > 2**20:
-            raise BadOption(f"--config {path}: is larger than 1 MB; give a .toml file with options")
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return tomllib.loads(file.read().decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
-        raise BadOption(f"--config {path}: cannot be read: {error.strerror}") from None
+        raise BadOption(f"{where}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise BadOption(f"--config {path}: is not UTF-8 text; save it as UTF-8") from None
+        raise BadOption(f"{where}: is not UTF-8 text; save it as UTF-8") from None
     except RecursionError:
-        raise BadOption(f"--config {path}: is nested too deep; options are plain `name = value` lines") from None
-    except tomllib.TOMLDecodeError as error:
-        raise BadOption(f"--config {path}: is not TOML: {error}") from None
+        raise BadOption(f"{where}: is nested too deep; options are plain `name = value` lines") from None
+    except ValueError as error:     # a TOMLDecodeError, or a number of thousands of digits
+        raise BadOption(f"{where}: is not TOML: {_shown(str(error))}") from None
 
 
-def _from_toml(name, value, path):
+def _from_toml(name, value, where):
     """Refuses a value of another type than the option's; a whole number serves as a float, a string as a list."""
-    kind, where = KINDS[name], f"{path}: {name} = {_shown(value)}"
+    kind = KINDS[name]
     if kind is tuple:
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(one, str) for one in values):
@@ -436,7 +438,7 @@ def _nearest(word, known):
 
 def _shown(value):
     """A value as an error line shows it: short, and with control characters written out."""
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else repr(value).lower() if isinstance(value, bool) else repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if text.strip() and text.isprintable() else _toml_value(text)
 

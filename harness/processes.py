@@ -27,8 +27,9 @@ from harness.options import BadOption
 
 PATIENCE = datetime.timedelta(days=7)   # rank 0 may read data or fetch a model for hours while the others wait
 REPEAT = 1.0                            # seconds in which the same Ctrl-C may arrive twice, by terminal and by agent
+GRACE = 10.0                            # seconds beyond its own time that torch gets to notice it
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-RESULTS = ("config.toml", "metrics.jsonl", "dropped.jsonl", "tokens.jsonl", "samples.json", "report.html",
+RESULTS = ("config.toml", "run.json", "metrics.jsonl", "dropped.jsonl", "tokens.jsonl", "samples.json", "report.html",
            "checkpoints", "guide", "policy")
 _held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
 
@@ -100,7 +101,7 @@ def _join(group, timeout_minutes):
         f"rank {group['rank']} of {group['world_size']} found no complete group at {host}:{port} within "
         f"{timeout_minutes:g} minutes: start all ranks with torchrun, or unset RANK to run alone")
     # torch waits for ever where something else answers at this port, and prints its stack where nothing does.
-    deadline = threading.Timer(60 * timeout_minutes + 10, _give_up, [nobody])
+    deadline = threading.Timer(60 * timeout_minutes + GRACE, _give_up, [nobody])
     deadline.daemon = True
     deadline.start()
     try:
@@ -339,5 +340,5 @@ def need_space(path, size, what):
         path = os.path.dirname(path)
     free = shutil.disk_usage(path).free
     if free < size:
-        raise NoSpace(errno.ENOSPC, f"the disk that holds {path} has {free / 1e9:.2f} GB free; {what} needs "
-                                    f"{size / 1e9:.2f} GB; free some, or give another --out")
+        raise NoSpace(f"the disk that holds {path} has {free / 1e9:.2f} GB free; {what} needs {size / 1e9:.2f} GB; "
+                      "free some, or give another --out")

@@ -1,0 +1,398 @@
+"""Process groups, what rank 0 does for all, signals, and the output directory with its lock."""
+
+import dataclasses
+import errno
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from harness import options, processes
+from harness.options import BadOption
+
+FORK = multiprocessing.get_context("fork")      # a forked rank need not import torch again
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def environment(rank, world, port):
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+
+
+class Group:
+    """`world` forked ranks that run work(ranks, pipe); `pipes` and `codes()` are the parent's view of them."""
+
+    def __init__(self, world, work, minutes=0.2):
+        port, self.ranks, self.pipes = free_port(), [], []
+        for rank in range(world):
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=self.run, args=(rank, world, port, work, theirs, minutes))
+            process.start()
+            self.ranks.append(process)
+            self.pipes.append(ours)
+
+    def run(self, rank, world, port, work, pipe, minutes):
+        os.environ |= environment(rank, world, port)
+        status = 1
+        try:
+            ranks = processes.start(minutes, "cpu")
+            work(ranks, pipe)
+            processes.stop()
+            status = 0
+        except processes.Stopped as stopped:
+            status = stopped.status
+        finally:
+            os._exit(status)
+
+    def told(self):
+        """What each rank sends, one message a rank."""
+        return [pipe.recv() if pipe.poll(20) else "nothing" for pipe in self.pipes]
+
+    def codes(self):
+        for process in self.ranks:
+            process.join(20)
+        return [process.exitcode for process in self.ranks]
+
+    def end(self):
+        for process in self.ranks:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture
+def group():
+    made = []
+
+    def start(*args, **kwargs):
+        made.append(Group(*args, **kwargs))
+        return made[-1]
+    yield start
+    for one in made:
+        one.end()
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    yield processes.start(1, "cpu")
+    processes.stop()
+
+
+# ------------------------------------------------------------------------------------------------ starting
+
+def test_one_process_needs_no_launcher_and_no_port(alone):
+    assert alone[:3] == (0, 1, torch.device("cpu"))
+    assert processes.first(lambda: 42) == 42 and alone.signals.agreed() == 0
+    with pytest.raises(KeyError):
+        processes.first(lambda: {}["x"])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"RANK": "x"}, "RANK is 'x': must be a whole number"),
+    ({"RANK": "-1"}, "RANK is '-1': must be a whole number"),
+    ({"RANK": "2"}, "RANK is 2 but WORLD_SIZE is 2: start with torchrun"),
+    ({"MASTER_ADDR": None}, "RANK is set but MASTER_ADDR is not: start with torchrun, or unset RANK"),
+    ({"MASTER_PORT": None}, "RANK is set but MASTER_PORT is not"),
+    ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set"),
+])
+def test_incomplete_environment(monkeypatch, change, message):
+    for name, value in (environment(0, 2, 29999) | change).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(BadOption, match=message):
+        processes.start(1, "cpu")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_the_others_ends_in_time_with_one_line(monkeypatch, capfd, rank):
+    port = free_port()
+    for name, value in environment(rank, 2, port).items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(BadOption, match=f"rank {rank} of 2 found no complete group at 127.0.0.1:{port} within 0.01 "
+                                        "minutes: start all ranks with torchrun, or unset RANK"):
+        processes.start(0.01, "cpu")
+    assert time.monotonic() - began < 5 and capfd.readouterr().err == ""
+
+
+def test_port_in_use(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in environment(0, 1, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(BadOption, match=r"port \d+ of 127.0.0.1 is in use: set another MASTER_PORT"):
+            processes.start(0.05, "cpu")
+
+
+def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+
+        def join():
+            os.environ |= environment(1, 2, silent.getsockname()[1])
+            processes.start(0.01, "cpu")
+        lost = FORK.Process(target=join)
+        lost.start()
+        lost.join(10)
+        assert lost.exitcode == 2
+    assert "train.py: error: rank 1 of 2 found no complete group" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ what rank 0 does for all
+
+def test_first_gives_every_rank_rank_0s_result_or_error(group):
+    class Unpicklable(Exception):
+        def __init__(self, a, b):
+            super().__init__(f"{a} and {b}")
+
+    def refuse():
+        raise BadOption("data.jsonl: row 3 is bad")
+
+    def odd():
+        raise Unpicklable("this", "that")
+
+    def work(ranks, pipe):
+        got = [processes.first(lambda: ("from", ranks.rank))]
+        for fails in (refuse, odd):
+            try:
+                processes.first(fails)
+            except Exception as error:
+                got.append((type(error).__name__, str(error)))
+        pipe.send(got)
+
+    refused = ("BadOption", "data.jsonl: row 3 is bad")
+    assert group(2, work).told() == [
+        [("from", 0), refused, ("Unpicklable", "this and that")],
+        [("from", 0), refused, ("RuntimeError", "Unpicklable: this and that")]]
+
+
+def test_the_others_wait_for_rank_0_longer_than_a_collective_may_take(group):
+    def work(ranks, pipe):
+        pipe.send(processes.first(lambda: time.sleep(2.5) or "done"))
+
+    assert group(2, work, minutes=1 / 60).told() == ["done", "done"]
+
+
+def test_together_goes_on_for_the_others_where_rank_0_fails_half_way(group):
+    def work(ranks, pipe):
+        def sums():
+            for value in range(3):
+                total = torch.tensor(value + ranks.rank)
+                dist.all_reduce(total)
+                yield int(total)
+        stream, seen = sums(), []
+
+        def write():
+            seen.append(next(stream))
+            raise OSError(errno.ENOSPC, "full")
+
+        try:
+            processes.together(write, lambda: seen.extend(stream))
+        except OSError as error:
+            pipe.send((seen, error.errno))
+
+    assert group(2, work).told() == [([1, 3, 5], errno.ENOSPC)] * 2
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+def steps(ranks, pipe):
+    """A training loop: steps of 10 ms until a signal is agreed on."""
+    ranks.signals.agreed()
+    pipe.send(os.getpid())
+    step = 0
+    while not (number := ranks.signals.agreed()):
+        time.sleep(0.01)
+        step += 1
+    pipe.send((signal.Signals(number).name, step))
+    ranks.signals.leave(number, f"step {step} is saved")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, capfd, number, status):
+    ranks = group(2, steps)
+    first, second = ranks.told()
+    os.kill(second, number)
+    ends = ranks.told()
+    assert ends[0] == ends[1] and ends[0][0] == number.name
+    assert ranks.codes() == [status, status]
+    assert f"{number.name}: stopped; step {ends[0][1]} is saved\n" in capfd.readouterr().err
+
+
+def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group):
+    ranks = group(1, steps)
+    pid, = ranks.told()
+    for _ in range(3):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.002)
+    assert ranks.told()[0][0] == "SIGINT" and ranks.codes() == [130]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_hanging_collective_at_once(group, monkeypatch, number, status):
+    monkeypatch.setattr(processes, "REPEAT", 0.2)
+
+    def hang(ranks, pipe):
+        ranks.signals.agreed()
+        pipe.send(os.getpid())
+        if ranks.rank == 1:
+            time.sleep(60)
+        dist.all_reduce(torch.zeros(1))
+
+    ranks = group(2, hang, minutes=1)
+    pid = ranks.told()[0]
+    os.kill(pid, number)
+    time.sleep(0.4)
+    assert ranks.ranks[0].exitcode is None
+    os.kill(pid, number)
+    ranks.ranks[0].join(3)
+    assert ranks.ranks[0].exitcode == status
+
+
+def test_before_there_is_anything_to_save_the_first_signal_ends_at_once(group):
+    def load(ranks, pipe):
+        pipe.send(os.getpid())
+        time.sleep(60)
+
+    ranks = group(1, load)
+    os.kill(ranks.told()[0], signal.SIGTERM)
+    assert ranks.codes() == [143]
+
+
+def test_handlers_are_given_back(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    before = [signal.getsignal(number) for number in processes.CAUGHT]
+    processes.start(1, "cpu")
+    assert [signal.getsignal(number) for number in processes.CAUGHT] != before
+    processes.stop()
+    processes.stop()
+    assert [signal.getsignal(number) for number in processes.CAUGHT] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# -------------------------------------------------------------------------------------- the output directory
+
+def wanted(out, **changes):
+    return dataclasses.replace(options.resolve([]), out=out and str(out), **changes)
+
+
+def test_names_are_numbered_until_new(alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [processes.claim(wanted(None)) for _ in range(3)]
+    assert paths == [str(tmp_path / "runs" / name) for name in ("tgdpo", "tgdpo-2", "tgdpo-3")]
+    processes.stop()
+    processes.start(1, "cpu")
+    assert processes.claim(wanted(None, resume=True)) == paths[-1]
+    assert processes.claim(wanted(None, name="other", resume=True)) == str(tmp_path / "runs" / "other")
+
+
+def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_path):
+    out = tmp_path / "out"
+    for name in ("checkpoints/step-1", "policy", "cache"):
+        (out / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "policy/model.safetensors", "cache/ref.safetensors", "notes.txt"):
+        (out / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (out / "guide").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadOption, match=r"holds another run's results \(metrics.jsonl, checkpoints, guide, policy\); "
+                                        "give --resume, --overwrite or another"):
+        processes.claim(wanted(out))
+    processes.stop()
+    processes.start(1, "cpu")
+    with pytest.raises(BadOption, match="--overwrite would remove .*policy, which this run reads"):
+        processes.claim(wanted(out, overwrite=True, model=str(out / "policy")))
+    processes.stop()
+    processes.start(1, "cpu")
+    processes.claim(wanted(out, resume=True))
+    assert (out / "metrics.jsonl").exists()
+    processes.stop()
+    processes.start(1, "cpu")
+    processes.claim(wanted(out, overwrite=True))
+    assert sorted(os.listdir(out)) == [".lock", "cache", "notes.txt"]
+    assert (out / "cache" / "ref.safetensors").exists() and (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_a_cache_alone_is_no_result(alone, tmp_path):
+    (tmp_path / "cache").mkdir()
+    assert processes.claim(wanted(tmp_path)) == str(tmp_path)
+
+
+def test_two_runs_in_one_directory(monkeypatch, tmp_path, group):
+    monkeypatch.delenv("RANK", raising=False)
+    def hold(ranks, pipe):
+        pipe.send(processes.claim(wanted(tmp_path)))
+        time.sleep(60)
+
+    ranks = group(1, hold)
+    assert ranks.told() == [str(tmp_path)]
+    processes.start(1, "cpu")
+    with pytest.raises(BadOption, match=rf"another run is at work in it \(process {ranks.ranks[0].pid} on "):
+        processes.claim(wanted(tmp_path, resume=True))
+    ranks.end()     # SIGKILL: the lock goes with the process
+    assert processes.claim(wanted(tmp_path, resume=True)) == str(tmp_path)
+    processes.stop()
+
+
+@pytest.mark.parametrize("path, message", [
+    ("file", "file: is a file; give a directory"),
+    ("file/out", "cannot be written: Not a directory"),
+    ("n" * 300, "cannot be written: File name too long"),
+    ("/proc/tgdpo/out", "/proc/tgdpo/out: cannot be written: No such file"),
+])
+def test_output_paths_that_cannot_be(alone, tmp_path, path, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadOption, match=message) as caught:
+        processes.claim(wanted(tmp_path / path))
+    assert str(caught.value).startswith("--out ")
+
+
+def test_no_write_permission(alone, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)       # root may write everywhere
+    try:
+        with pytest.raises(BadOption, match="--out .*/closed: cannot be written: Permission denied; give another"):
+            processes.claim(wanted(tmp_path / "closed"))
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+
+    def work(ranks, pipe):
+        out = processes.claim(wanted(None))
+        try:
+            processes.claim(wanted(tmp_path / "file"))
+        except BadOption as error:
+            pipe.send((out, str(error)))
+
+    told = group(2, work).told()
+    assert told[0] == told[1] and told[0][0] == str(tmp_path / "runs" / "tgdpo") and "is a file" in told[0][1]
+
+
+def test_space_is_asked_for_in_those_words(tmp_path):
+    processes.need_space(tmp_path / "not" / "yet", 1000, "checkpoint")
+    with pytest.raises(processes.NoSpace, match=rf"the disk that holds {tmp_path} has [\d.]+ GB free; the checkpoint "
+                                                r"needs 1000000000.00 GB") as caught:
+        processes.need_space(tmp_path / "not" / "yet", 10**18, "the checkpoint")
+    assert isinstance(caught.value, OSError) and str(caught.value).startswith("the disk")
