@@ -320,6 +320,7 @@ def train(run, stage, directory):
         checkpoint.save(checkpoints, step, training_state(net, optimiser),
                         {"identity": run.identity | {"stage": stage.loss}}, options.keep)
 
+    stop_if_told(run)       # from here on a signal waits for the end of a step
     bar = Progress(total, stage.loss, run.rank, start=step)
     found = None
     while True:
@@ -350,7 +351,7 @@ def train(run, stage, directory):
         if step == total or signal or options.save_every and step % options.save_every == 0:
             save()
         if signal:
-            run.signals.leave(signal, f"{stage.loss} step {step} of {total} is saved")
+            run.signals.obey(signal, f"{stage.loss} step {step} of {total} is saved")
     bar.close()
     return net, found
 
@@ -390,9 +391,9 @@ def speed(run, pairs, began, trained=None):
 
 
 def stop_if_told(run):
-    """Between the packs of a pass without steps there is nothing to save: leave at once when a signal came."""
+    """Between the packs of a pass without steps there is nothing to save: end at once when a signal came."""
     if signal := run.signals.agreed():
-        run.signals.leave(signal, "nothing to save yet")
+        run.signals.obey(signal, "nothing to save yet")
 
 
 def some(names):

@@ -192,8 +192,9 @@ def _portable(error):
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1: the first is noted, for the run to stop where it can be resumed; the second ends
-    the process at once, with status 128 + its number, wherever it is, in a collective that hangs too.
+    """SIGTERM and SIGINT: the first is noted, for the run to stop where it can be resumed; the second ends the process
+    at once, with status 128 + its number, wherever it is, in a collective that hangs too. SIGUSR1 is noted for the
+    run to save and go on.
 
     As long as nobody has asked by `agreed`, there is nothing to save, and the first one ends the process as well.
     A signal that comes again within a second of the first is the same Ctrl-C, sent by the terminal and the agent.
@@ -215,12 +216,13 @@ class Signals:
             if number not in CAUGHT or self.number and now - self._since < REPEAT:
                 continue
             name = signal.Signals(number).name
-            if self.number or not self._asked:
+            if number != signal.SIGUSR1 and (self.number not in (0, signal.SIGUSR1) or not self._asked):
                 _to_stderr(f"{name}: stopped at once")
                 os._exit(128 + number)
-            self.number, self._since = number, now
+            self.number, self._since = max(self.number, number), now
             if not dist.is_initialized() or dist.get_rank() == 0:
-                _to_stderr(f"{name}: stopping at the end of this step; a second one stops at once")
+                _to_stderr(f"{name}: saving at the end of this step" if number == signal.SIGUSR1 else
+                           f"{name}: stopping at the end of this step; a second one stops at once")
         os.close(self._reader)
 
     def agreed(self):
@@ -232,11 +234,16 @@ class Signals:
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
-    def leave(self, number, state):
-        """Ends the run after signal `number`: says so with `state`, what is saved, and raises Stopped."""
+    def obey(self, number, state):
+        """Says that signal `number` was followed, with `state`, what is saved. SIGUSR1 lets the run go on, the others
+        end it: they raise Stopped."""
+        ends = number != signal.SIGUSR1
         if dist.get_rank() == 0:
-            _to_stderr(f"{signal.Signals(number).name}: stopped; {state}")
-        raise Stopped(number)
+            _to_stderr(f"{signal.Signals(number).name}: {'stopped' if ends else 'going on'}; {state}")
+        if ends:
+            raise Stopped(number)
+        if self.number == number:
+            self.number = 0
 
     def restore(self):
         """The handlers that were there before."""

@@ -220,10 +220,11 @@ def steps(ranks, pipe):
         time.sleep(0.01)
         step += 1
     pipe.send((signal.Signals(number).name, step))
-    ranks.signals.leave(number, f"step {step} is saved")
+    ranks.signals.obey(number, f"step {step} is saved")
+    steps(ranks, pipe)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, capfd, number, status):
     ranks = group(2, steps)
     first, second = ranks.told()
@@ -232,6 +233,18 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, capfd, number, s
     assert ends[0] == ends[1] and ends[0][0] == number.name
     assert ranks.codes() == [status, status]
     assert f"{number.name}: stopped; step {ends[0][1]} is saved\n" in capfd.readouterr().err
+
+
+def test_sigusr1_saves_and_goes_on(group, capfd):
+    ranks = group(2, steps)
+    first, second = ranks.told()
+    os.kill(second, signal.SIGUSR1)
+    ends = ranks.told()
+    assert ends[0] == ends[1] and ends[0][0] == "SIGUSR1"
+    assert ranks.told() == [first, second]      # both are at their next step
+    assert f"SIGUSR1: going on; step {ends[0][1]} is saved\n" in capfd.readouterr().err
+    os.kill(first, signal.SIGTERM)
+    assert ranks.told()[0][0] == "SIGTERM" and ranks.codes() == [143, 143]
 
 
 def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group):

@@ -1,0 +1,210 @@
+"""A run that is stopped and resumed is, bit for bit, the run that was never stopped; and what may not be resumed."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ranks
+import train
+from tiny_world import TEMPLATE, make_checkpoint, make_pairs
+
+SETTINGS = ["--beta", "0.3", "--lr", "2e-3", "--epochs", "2", "--batch-size", "4", "--max-length", "128",
+            "--samples", "0", "--eval-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A start, 10 pairs (the last batch of an epoch has 2) and the run that is never stopped."""
+    directory = tmp_path_factory.mktemp("world")
+    make_checkpoint(directory / "start", "tied")
+    make_pairs(directory / "pairs.jsonl", 10)
+    make_pairs(directory / "held_out.jsonl", 3, seed=1)
+    assert train.main(arguments(directory, directory / "whole")) == 0
+    return directory
+
+
+def arguments(world, out, *more):
+    return ["--model", str(world / "start"), "--data", str(world / "pairs.jsonl"),
+            "--eval-data", str(world / "held_out.jsonl"), "--out", str(out), *SETTINGS, *map(str, more)]
+
+
+def rows(out):
+    """metrics.jsonl without what the clock and the machine say."""
+    timing = {"seconds", "pairs_per_second", "tokens_per_second", "peak_memory"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in open(f"{out}/metrics.jsonl")]
+
+
+def assert_bit_equal(out, whole):
+    assert rows(out) == rows(whole)
+    for name in ("guide", "policy"):
+        a, b = (load_file(f"{o}/{name}/model.safetensors") for o in (out, whole))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def run_and_stop(world, out, stage, step, number=signal.SIGTERM, *more):
+    """Run until `step` of `stage` is computed; then the signal comes."""
+    plain, stages = train.optimiser_step, []
+
+    def stopping(run, net, optimiser, where, batch):
+        stages.append(where.loss)
+        row = plain(run, net, optimiser, where, batch)
+        if where.loss == stage and stages.count(stage) == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "optimiser_step", stopping)
+        return train.main(arguments(world, out, *more))
+
+
+@pytest.mark.parametrize("stage, step", [("dpo", 1), ("dpo", 3), ("dpo", 6), ("tgdpo", 2), ("tgdpo", 5)])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(world, stage, step, tmp_path):
+    """In each stage, at the first step, in the ragged last batch of an epoch (3), across it (5), at the end (6)."""
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, stage, step) == 143
+    assert rows(out)[-1]["stage"] == stage and rows(out)[-1]["step"] == step
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [f"step-{step}"]
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert_bit_equal(out, world / "whole")
+
+
+def test_stopped_after_every_step(world, tmp_path):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "dpo", 1) == 143
+    for _ in range(4):
+        assert run_and_stop(world, out, "dpo", 1, signal.SIGINT, "--resume") == 130     # one more step each time
+    assert run_and_stop(world, out, "tgdpo", 1, signal.SIGTERM, "--resume") == 143
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert_bit_equal(out, world / "whole")
+
+
+def test_sigusr1_saves_and_goes_on(world, tmp_path):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "tgdpo", 2, signal.SIGUSR1, "--save-every", 0) == 0
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-2", "step-6"]
+    assert_bit_equal(out, world / "whole")
+
+
+def test_nothing_to_resume_starts_from_the_beginning_and_says_so(world, tmp_path, capfd):
+    assert train.main(arguments(world, tmp_path / "out", "--resume")) == 0
+    assert "nothing complete to resume from: starting from the beginning" in capfd.readouterr().out
+    assert_bit_equal(tmp_path / "out", world / "whole")
+
+
+def test_a_finished_run_resumed_is_itself_and_uses_the_cache(world, tmp_path, capfd):
+    shutil.copytree(world / "whole", tmp_path / "out")
+    assert train.main(arguments(world, tmp_path / "out", "--resume")) == 0
+    printed = capfd.readouterr().out
+    assert "log-probs of the ref are in the cache" in printed and "log-probs of the guide are in the cache" in printed
+    assert_bit_equal(tmp_path / "out", world / "whole")
+
+
+def test_another_number_of_ranks_resumes_within_rounding(world, tmp_path):
+    out = tmp_path / "out"
+    stop = lambda count, step, *more: ranks.run(count, arguments(world, out, *more), tmp_path / "log",
+                                                {2: stop_at_2, 1: stop_at_1}[step])
+    assert stop(2, 2)[0] == [143, 143]
+    assert stop(1, 1, "--resume")[0] == [143]
+    statuses, printed = ranks.run(4, arguments(world, out, "--resume"), tmp_path / "log")
+    assert statuses == [0] * 4, printed
+    for a, b in zip(rows(world / "whole"), rows(out), strict=True):
+        assert (a["stage"], a["step"]) == (b["stage"], b["step"]) and b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    a, b = (load_file(o / "policy/model.safetensors") for o in (world / "whole", out))
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-4, atol=1e-5)
+
+
+def stop_after(steps):
+    plain, calls = train.optimiser_step, []
+
+    def stopping(*given):
+        row = plain(*given)
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return row
+
+    train.optimiser_step = stopping
+
+
+def stop_at_2(rank):
+    stop_after(2)
+
+
+def stop_at_1(rank):
+    stop_after(1)
+
+
+def refused(capfd, status, words, given):
+    assert train.main(given) == status
+    captured = capfd.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1 and "Traceback" not in captured.err
+    for word in words:
+        assert word in lines[0]
+
+
+def test_another_run_is_refused_by_the_name_of_what_differs(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "tgdpo", 2) == 143
+    before = sorted((str(p), p.stat().st_size) for p in out.rglob("*"))
+    make_checkpoint(tmp_path / "other", "tied", seed=1)
+    make_pairs(tmp_path / "other.jsonl", 10, seed=7)
+    (tmp_path / "template.jinja").write_text(TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}A chat. "))
+    base = arguments(world, out, "--resume")
+    for flag, value, words in (("--data", tmp_path / "other.jsonl", ["data ("]), ("--model", tmp_path / "other", ["model ("]),
+                               ("--loss", "dpo", ["loss (tgdpo there, dpo here)"]), ("--beta", 0.5, ["beta (0.3 there, 0.5 here)"]),
+                               ("--chat-template", tmp_path / "template.jinja", ["chat template ("])):
+        capfd.readouterr()
+        refused(capfd, 2, ["another run", *words], base + [flag, str(value)])
+    assert before == sorted((str(p), p.stat().st_size) for p in out.rglob("*"))
+    assert train.main(base) == 0
+
+
+def test_a_flipped_byte_is_refused_by_its_digest(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "dpo", 2) == 143
+    file = next((out / "checkpoints/step-2").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    capfd.readouterr()
+    refused(capfd, 2, [file.name, "damaged", "digest"], arguments(world, out, "--resume"))
+
+
+def test_a_directory_with_results_is_not_written_to_unasked(world, tmp_path, capfd):
+    shutil.copytree(world / "whole", tmp_path / "out")
+    refused(capfd, 2, ["holds another run's results", "--resume, --overwrite"], arguments(world, tmp_path / "out"))
+    assert train.main(arguments(world, tmp_path / "out", "--overwrite")) == 0
+    assert "in the cache" in capfd.readouterr().out
+    assert_bit_equal(tmp_path / "out", world / "whole")
+
+
+@pytest.mark.parametrize("change", ["cut", "other key"])
+def test_a_cache_that_does_not_fit_is_never_used(world, change, tmp_path, capfd):
+    shutil.copytree(world / "whole/cache", tmp_path / "out/cache")
+    for file in (tmp_path / "out/cache").glob("ref-*"):
+        if change == "cut":
+            file.write_bytes(file.read_bytes()[:-7])
+        else:
+            os.rename(file, file.with_name("ref-" + "0" * 32 + ".safetensors"))
+    assert train.main(arguments(world, tmp_path / "out")) == 0
+    printed = capfd.readouterr().out
+    assert "log-probs of the ref are in the cache" not in printed and "log-probs of the guide are in the cache" in printed
+    assert ("is not used" in printed) == (change == "cut")
+    assert_bit_equal(tmp_path / "out", world / "whole")
+
+
+@pytest.mark.parametrize("change", [["--max-length", "50"], ["--dtype", "bfloat16"], ["--max-prompt-length", "30"]])
+def test_the_cache_of_another_truncation_or_type_is_not_used(world, change, tmp_path, capfd):
+    shutil.copytree(world / "whole/cache", tmp_path / "out/cache")
+    assert train.main(arguments(world, tmp_path / "out", "--loss", "dpo", *change)) == 0
+    assert "in the cache" not in capfd.readouterr().out
