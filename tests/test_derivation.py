@@ -114,8 +114,8 @@ def ascend(objective, shape):
     return logits.detach().log_softmax(-1)
 
 
-# The example of D2, D3 and D9: tokens yes and no, two steps, pi_ref uniform, beta = 1.
-# At the prompt yes earns log 3; after yes nothing more can be earned, after no any token earns log 5.
+# The example of D2, D3 and D9: tokens red and blue, two steps, pi_ref uniform, beta = 1.
+# At the prompt red earns log 3; after red nothing more can be earned, after blue any token earns log 5.
 HAND = Tree(torch.tensor([[1, 2], [-1, -1], [-1, -1]]), [0, 1, 1],
             [[(0, a), (1 + a, c)] for a in (0, 1) for c in (0, 1)])
 HAND_REF = torch.full((3, 2), 0.5, dtype=F64).log()
@@ -208,7 +208,7 @@ def test_D3_what_is_given_up():
     lost = quoted("D3", log(4) - reached)
     kl = math.fsum(p * log(p / q) for p, q in [(3 / 4, 3 / 8), (1 / 4, 5 / 8)])
     assert lost == approx(kl, abs=1e-12)
-    # The bound of D2 goes too: with D on the state after yes, the relaxed optimum is below the true one.
+    # The bound of D2 goes too: with D on the state after red, the relaxed optimum is below the true one.
     relaxed = (local @ torch.tensor([1, 1, 0], dtype=F64)).max().item()
     assert relaxed == approx(quoted("D3", log(2)), abs=1e-12) and relaxed < log(4)
 
@@ -353,16 +353,16 @@ def test_D8_delta_by_hand():
 
 
 def test_D8_a_data_set_may_turn():
-    # Responses (yes, end) and (no, end); end is forced. beta = f = 1, pi_ref(yes) = 1/2.
-    # end earns log 4 after yes and 0 after no. Labels: (yes, end) preferred twice, (no, end) once.
+    # Responses (red, end) and (blue, end); end is forced. beta = f = 1, pi_ref(red) = 1/2.
+    # end earns log 4 after red and 0 after blue. Labels: (red, end) preferred twice, (blue, end) once.
     one = torch.ones(2, 1, dtype=F64)
     log_z = tgdpo.closed_form(0 * one, torch.tensor([[log(4)], [0.0]], dtype=F64), one, 1.0)[1]
-    z_yes, z_no = (torch.tensor([[0.0, z]], dtype=F64) for z in log_z.tolist())
+    z_red, z_blue = (torch.tensor([[0.0, z]], dtype=F64) for z in log_z.tolist())
     ones = torch.ones(1, 2, dtype=F64)
-    delta = tgdpo.delta(z_yes, z_no, ones, ones, 1.0)
+    delta = tgdpo.delta(z_red, z_blue, ones, ones, 1.0)
     assert delta.item() == approx(log(4), abs=1e-15)
 
-    def loss(p, d):     # three pairs; p = pi(yes | prompt)
+    def loss(p, d):     # three pairs; p = pi(red | prompt)
         ratio = lambda q: torch.stack([2 * q, torch.ones_like(q)]).log()[None]
         phi = tgdpo.phi(ratio(p), ratio(1 - p), ones, ones, 1.0)
         return -2 * tgdpo.preference(phi, d).log().sum() - tgdpo.preference(-phi, -d).log().sum()

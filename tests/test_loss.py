@@ -223,6 +223,7 @@ def test_D13_limits():
     assert tgdpo.largest_alpha(none, none) == math.inf
     assert tgdpo.largest_alpha(torch.tensor([0.0, 1.0]), torch.tensor([[-1.0], [0.0]])) == math.inf
     assert tgdpo.largest_alpha(torch.tensor([-0.5]), none) == 2.0
+    assert tgdpo.largest_alpha(torch.tensor([-0.5, -1.0]), none, 1e-9) == 2.0     # a share of one token
     for share in (0.0, 1.1, -1.0, math.nan):
         with pytest.raises(ValueError, match="share"):
             tgdpo.largest_alpha(torch.ones(2), torch.ones(2), share)
