@@ -527,9 +527,9 @@ def say_alpha(run, pairs, ref, guide):
     say("f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(
         *bounds.values()), run.rank)
     if run.options.alpha >= bounds[1.0]:
-        share = ((1 + run.options.alpha * r_hat_w <= 0).sum() + (1 - run.options.alpha * r_hat_l <= 0).sum())
-        say(f"warning: with alpha {run.options.alpha} f is not positive on {share / (len(r_hat_w) + len(r_hat_l)):.2%} "
-            "of the tokens, whose gradient turns its sign (derive.md)", run.rank)
+        f = torch.cat([tgdpo.f_w(r_hat_w, run.options.alpha), tgdpo.f_l(r_hat_l, run.options.alpha)])
+        say(f"warning: with alpha {run.options.alpha} f is not positive on {(f <= 0).double().mean():.2%} of the tokens, "
+            "whose gradient turns its sign (derive.md, D13)", run.rank)
 
 
 def answer(run, net, tokenizer, pairs):
