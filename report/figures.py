@@ -263,8 +263,8 @@ def moved_section(pairs, guided, symbol):
     if guided:
         for side, tokens in zip(SIDES, sides):
             flipped = (tokens.weight <= 0).sum()
-            figures.append([f"Tokens with f ≤ 0, {side}", percent(flipped, len(tokens.text)),
-                            f"f from {tokens.weight.min():.3g} to {tokens.weight.max():.3g}"])
+            reach = f"f from {tokens.weight.min():.3g} to {tokens.weight.max():.3g}".replace("-", "−")
+            figures.append([f"Tokens with f ≤ 0, {side}", percent(flipped, len(tokens.text)), reach])
 
     columns = ["", "", "tokens", "of its tokens", f"of Σ|{symbol}|", "of Σ|f|", f"mean {symbol}"]
     table = []

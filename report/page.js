@@ -30,12 +30,20 @@ const last = list => list[list.length - 1];
 
 // --- the box that follows pointer and focus ------------------------------------------------------
 
-// rect: where it belongs; low: on a phone it lies at the lower or upper end of the screen instead.
+let anchor = null;          // gives the rectangle that the box belongs to, wherever it has been scrolled
+
+// low: on a phone the box lies at the lower or upper end of the screen instead.
 function showTip(title, rows, rect, low) {
   tip.replaceChildren(el("div", {class: "title"}, title),
     el("table", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value)))));
   tip.className = low ? "low" : "";
-  tip.hidden = false;
+  anchor = rect;
+  placeTip();
+}
+
+function placeTip() {
+  const rect = anchor();
+  tip.hidden = rect.bottom < 0 || rect.top > innerHeight;
   const box = tip.getBoundingClientRect();
   const left = Math.min(rect.left + rect.width / 2 - box.width / 2, innerWidth - box.width - 6);
   const above = rect.top - box.height - 8, below = Math.min(rect.bottom + 8, innerHeight - box.height - 6);
@@ -45,7 +53,7 @@ function showTip(title, rows, rect, low) {
 }
 
 const hideTip = () => { tip.hidden = true; };
-addEventListener("scroll", hideTip, {passive: true});
+addEventListener("scroll", () => { if (!tip.hidden) placeTip(); }, {passive: true, capture: true});
 addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });
 
 // --- charts --------------------------------------------------------------------------------------
@@ -175,6 +183,11 @@ function follow(drawing, chart, X, Y, top, floor) {
   drawing.append(cross);
   let at = -1;
 
+  const spot = (x, top, bottom) => () => {          // a rectangle of the drawing, in the window
+    const box = drawing.getBoundingClientRect();
+    return {left: box.left + x, width: 0, top: box.top + top, bottom: box.top + bottom};
+  };
+
   function readAt(x) {
     const gap = stops.length > 1 ? (last(stops) - stops[0]) / 40 : 1, rows = [];
     for (const {name, x: xs, y, lo, hi} of read) {
@@ -185,16 +198,14 @@ function follow(drawing, chart, X, Y, top, floor) {
     cross.setAttribute("x1", X(x));
     cross.setAttribute("x2", X(x));
     cross.setAttribute("visibility", "visible");
-    const box = drawing.getBoundingClientRect();
-    showTip(`${chart.xlabel} ${short(x)}`, rows,
-      {left: box.left + X(x), width: 0, top: box.top + 8, bottom: box.top + floor});
+    showTip(`${chart.xlabel} ${short(x)}`, rows, spot(X(x), 8, floor));
   }
 
-  function readPoint(series, i, box) {
-    const x = box.left + X(series.x[i]), y = box.top + Y(series.y[i]);
+  function readPoint(series, i) {
+    const x = series.x[i], y = series.y[i];
     cross.setAttribute("visibility", "hidden");
-    showTip(quoted(series.labels[i]), [["", series.name], [chart.xlabel, short(series.x[i])],
-      [chart.ylabel, short(series.y[i])]], {left: x, width: 0, top: y, bottom: y});
+    showTip(quoted(series.labels[i]), [["", series.name], [chart.xlabel, short(x)], [chart.ylabel, short(y)]],
+      spot(X(x), Y(y), Y(y)));
   }
 
   drawing.addEventListener("pointermove", event => {
@@ -205,7 +216,7 @@ function follow(drawing, chart, X, Y, top, floor) {
       const far = (X(x) - px) ** 2 + (Y(series.y[i]) - py) ** 2;
       if (far < reach) { reach = far; best = [series, i]; }
     });
-    if (best) readPoint(...best, box);
+    if (best) readPoint(...best);
     else if (curves.length) readAt(stops[at = nearest(stops.map(X), px)]);
   });
   const leave = () => { cross.setAttribute("visibility", "hidden"); hideTip(); };
@@ -368,7 +379,7 @@ function heatMap(record, side, by) {
   const box = el("div", {class: "tokens", role: "listbox", "aria-label": `${side} response, token by token`,
     dir: record[side].rtl ? "rtl" : "ltr"},
     ...spans.flatMap((span, t) => m.tokens[t].startsWith(" ") ? [el("wbr"), span] : [span]));
-  const show = t => showTip(quoted(m.tokens[t]), details(m, t), spans[t].getBoundingClientRect(), true);
+  const show = t => showTip(quoted(m.tokens[t]), details(m, t), () => spans[t].getBoundingClientRect(), true);
   rove(box, spans, 0, show);
   box.addEventListener("pointerover", event => {
     const t = spans.indexOf(event.target.closest(".tok"));

@@ -21,8 +21,8 @@ from report.text import UNSEEN, visible
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 WORDS = (" the", " cat", " sat", " quietly", " on", " a", " mat", ",", ".", "\n\n", " and", " said", " “",
-         "”", "hello", " 42", " of", " course", ":", " no", " yes", " blue", " small", "!", " tre", "es", " run",
-         "ning")
+         "”", "hello", " 42", " of", " course", ":", " no", " yes", " blue", " small", "!", " tre", "es",
+         " run", "ning")
 
 
 def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=60):
@@ -246,20 +246,45 @@ def test_the_page_shows_what_there_is(tmp_path):
     assert not any(empty[key] for key in ("stages", "pairs", "moved", "tables", "samples", "tiles", "notes"))
 
 
+def test_values_that_no_run_writes_are_left_out(tmp_path):
+    run = make_run(tmp_path, pairs=2, length=6, steps=6)
+    values = ["null", "true", "-1", '"x"', "[]", "{}", "1e300", "NaN", "1e999", "9" * 400, '"\\ud800"']
+
+    def damaged(row, places=1):
+        """Row in JSON, each of its values in turn replaced by each of those, also `places` times as a list."""
+        for key in row:
+            rest = json.dumps({name: value for name, value in row.items() if name != key})[1:]
+            for value in values:
+                yield f'{{"{key}": {value}, {rest}'
+                yield f'{{"{key}": [{", ".join([value] * places)}], {rest}'
+
+    for name in ("metrics.jsonl", "dropped.jsonl", "tokens.jsonl"):
+        row = report.read_rows(run / name)[0][-1]
+        lines = list(damaged(row))
+        for side in figures.SIDES if name == "tokens.jsonl" else ():
+            rest = json.dumps({key: value for key, value in row.items() if key != side})[1:]
+            lines += [f'{{"{side}": {text}, {rest}' for text in damaged(row[side], len(row[side]["tokens"]))]
+        with open(run / name, "a") as file:
+            file.write("\n".join(lines))
+    data = report.gather(run)
+    report.page(data)
+    assert len(data["pairs"]) > 2 and "could not be read" in data["notes"][0]
+    for chart in data["moved"]["charts"] + [chart for stage in data["stages"] for chart in stage["charts"]]:
+        assert not any(None in series["x"] + series["y"] for series in chart["series"]), chart["title"]
+
+
 def test_no_damage_to_a_file_stops_the_page(tmp_path):
     run = make_run(tmp_path / "run", pairs=3, length=6, steps=6)
     rng = np.random.default_rng(1)
-    junk = [b"null", b"1e999", b"-1", b'"x"', b"[]", b"{}", b"\xff", b'"', b"}", b"NaN", b"9" * 400,
-            b"\\ud800", b"\x00", b""]
-    whole = {name: (run / name).read_bytes() for name in FILES}
+    junk = [b"null", b"-1", b'"x"', b"[]", b"{}", b"\xff", b'"', b"}", b"\\ud800", b"\x00", b""]
     for name in FILES:
+        whole = (run / name).read_bytes()
+        values = [match.span() for match in re.finditer(rb'"[^"]*"|-?\d[\d.e-]*|\[|\{', whole)]
         for _ in range(8):
-            text = whole[name]
-            values = [match.span() for match in re.finditer(rb'"[^"]*"|-?\d[\d.e-]*|\[|\{', text)]
             begin, end = values[rng.integers(len(values))]
-            (run / name).write_bytes(text[:begin] + junk[rng.integers(len(junk))] + text[end:])
+            (run / name).write_bytes(whole[:begin] + junk[rng.integers(len(junk))] + whole[end:])
             report.page(report.gather(run))
-        (run / name).write_bytes(whole[name])
+        (run / name).write_bytes(whole)
 
 
 def test_data_counts_settings_machine_and_command(tmp_path):
@@ -282,9 +307,10 @@ def awkward_tokens():
     """Some thousand tokens that a page could trip over."""
     fragments = ["<", ">", "&", '"', "'", "`", "</script>", "<script>alert(1)</script>", "<!--", "-->", "]]>",
                  "\\", "<img src=x onerror=alert(1)>", "&lt;", "&#60;", "javascript:alert(1)", "\\u003c",
-                 "${1}", "{{DATA}}", "__proto__", "constructor", "</style>", "</textarea>", "<svg/onload=alert(1)>",
-                 "%3Cscript%3E", "'-alert(1)-'", "Ġthe", "Ċ", "▁a", "<0x0A>", "<|endoftext|>", "🙂",
-                 "👨‍👩‍👧", "🇩🇪", "❤️", "é", "e\u0301", "\u0301", "日本", "العربية", "עברית", "\ufffd",
+                 "${1}", "{{DATA}}", "__proto__", "constructor", "</style>", "</textarea>",
+                 "<svg/onload=alert(1)>", "%3Cscript%3E", "'-alert(1)-'", "Ġthe", "Ċ", "▁a", "<0x0A>",
+                 "<|endoftext|>", "🙂", "👨‍👩‍👧", "🇩🇪", "❤️",
+                 "é", "e\u0301", "\u0301", "日本", "العربية", "עברית", "\ufffd",
                  "a\u0300" * 60, "=" * 300, " " * 128, ""]
     codes = [*range(0x20), *range(0x7F, 0xA1), 0xAD, 0x61C, *range(0x2000, 0x2010), *range(0x2028, 0x2030),
              *range(0x205F, 0x2070), 0x3000, 0x3164, 0xD800, 0xDBFF, 0xDC00, 0xDFFF, 0xE000, 0xFE0F, 0xFEFF,
@@ -355,7 +381,8 @@ def test_every_character_that_cannot_be_seen_is_spelled():
     assert not hidden(visible(everything))
     assert visible("a\u202eb\x00\x1b[2J\u200b") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+001B⟩[2J⟨U+200B⟩"
     assert visible("\ud800\r\n\tc d") == "⟨U+D800⟩⟨U+000D⟩\n\tc d"
-    assert visible("❤\ufe0f a\ufe0f") == "❤\ufe0f a⟨U+FE0F⟩" and visible("\u0301x") == "◌\u0301x"
+    assert visible("❤\ufe0f a\ufe0f") == "❤\ufe0f a⟨U+FE0F⟩" and visible("\ufe0f") == "⟨U+FE0F⟩"
+    assert visible("\u0301x") == "◌\u0301x"
     assert visible("\u034f\u3164\U000e0041\u2800") == "⟨U+034F⟩⟨U+3164⟩⟨U+E0041⟩⟨U+2800⟩"
     assert visible("naïve 日本 🙂 ⟨") == "naïve 日本 🙂 ⟨"
 
@@ -524,7 +551,7 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-RIGHT, DOWN, END = "\ue014", "\ue015", "\ue010"
+RIGHT, UP, END = "\ue014", "\ue013", "\ue010"
 TIP = """return [...document.querySelectorAll('#tip tr')].map(
              row => [...row.children].map(cell => cell.textContent))"""
 NUMBERS = """return [...document.querySelectorAll('.list [role=option]')].map(
@@ -569,8 +596,11 @@ def test_in_a_browser(browser, tmp_path):
                         ("log π/π_ref", pair.moved[0][2])):
         assert number(tip[name]) == pytest.approx(value, rel=2e-3), name
     assert number(tip["share of Σ|f|"]) == pytest.approx(100 * abs(weight[2]) / abs(weight).sum(), abs=0.006)
+    browser.press(END, UP)
+    assert browser.run("return document.activeElement.textContent") in response.tokens
     browser.press(END)
     assert browser.run("return document.activeElement.textContent") == "<|end|>"
+    assert browser.run(TIP)[0] == ["token", f"{len(response.tokens)} of {len(response.tokens)}"]
 
     # colours: the switch changes them, and a rejected token's weight has the sign opposite to its reward
     painted = """return [...document.querySelectorAll('.tokens')].map(
@@ -584,8 +614,8 @@ def test_in_a_browser(browser, tmp_path):
 
     # a curve, by keyboard
     browser.run("document.querySelector('figure svg[tabindex]').focus()")
-    browser.press(RIGHT)
-    assert browser.run("return document.querySelector('#tip .title').textContent") == "step 1"
+    browser.press(RIGHT, RIGHT)
+    assert browser.run("return document.querySelector('#tip .title').textContent") == "step 2"
     assert browser.run(TIP)[0][0] == "training"
 
     for mode in ("light", "dark"):
@@ -618,6 +648,7 @@ def test_awkward_tokens_in_a_browser(browser, tmp_path):
 def test_a_big_page_opens_quickly(browser, big_page):
     began = time.monotonic()
     browser.open(big_page)
+    browser.click(".list [data-pair='2']")
     assert browser.run(COUNT, ".tok") == 800        # one pair at a time is drawn
     assert time.monotonic() - began < 8
     assert browser.log() == []
