@@ -318,6 +318,14 @@ def test_the_last_few_are_kept(tmp_path):
     assert names(tmp_path) == ["step-10", "step-13"]
 
 
+def test_a_stage_that_is_over_is_dropped_and_no_other(tmp_path):
+    for step, stage in enumerate(("dpo", "tgdpo", "dpo")):
+        save(tmp_path, step, identity={"stage": stage})
+    save(tmp_path, 3)
+    checkpoint.drop_stage(tmp_path, "dpo")
+    assert names(tmp_path) == ["step-1", "step-3"]
+
+
 def test_newest_passes_over_what_is_not_whole(tmp_path):
     assert checkpoint.newest(tmp_path) is None and checkpoint.newest(tmp_path / "nothing") is None
     for step in range(1, 6):
@@ -396,6 +404,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         assert f"{name} ({mine[name]} there, {other} here)" in line and "\n" not in line
         assert not any(f"{same_one} (" in line for same_one in mine.keys() - {name})
         assert same(tensors, tensors_of(0))
+    checkpoint.same_run(path, {"betas": [0.9, 0.999]}, {"betas": (0.9, 0.999)})
     with pytest.raises(checkpoint.CheckpointMismatch, match=r"data \(.*loss \("):
         checkpoint.read_state(path, mine | {"data": "0", "loss": "dpo"})
     assert issubclass(checkpoint.CheckpointMismatch, ValueError)
