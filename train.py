@@ -175,6 +175,7 @@ def log_probs(run, net, pairs, title):
         bar.advance(len(indices) * run.world)
         stop_if_told(run)
     bar.close()
+    net.reshard()       # without a backward pass the root would stay gathered
     shares = [None] * run.world
     dist.all_gather_object(shares, mine)
     together = {index: logp for share in shares for index, logp in share.items()}
@@ -538,6 +539,7 @@ def answer(run, net, tokenizer, pairs):
     if not prompts:
         return []
     new = model.generate(net, prompts, run.options.sample_tokens, set(tokenizer.end_ids))
+    net.reshard()
     return [(tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
             for prompt, ids in zip(prompts, new)]
 
