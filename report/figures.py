@@ -77,9 +77,14 @@ CURVES = (      # title, ((name, key of metrics.jsonl, colour), …), more of th
 def stage_charts(rows):
     """The curves of one stage's rows: a list of charts, without those that have no point."""
     train, held_out = [r for r in rows if not r.get("eval")], [r for r in rows if r.get("eval")]
+    plain = all(row.get("margin") == row.get("dpo_margin") for row in rows)     # a DPO stage optimises it
     charts = []
     for title, quantities, more in CURVES:
         series = []
+        if title == "Reward margin" and plain:
+            quantities = (("DPO margin", "margin", "blue"),)
+        if title == "Loss" and rows[0].get("stage") == "simpo":
+            more = {}                       # with its target margin, SimPO's loss does not begin at log 2
         for name, key, colour in quantities:
             for label, part, style in (("training", train, "line"), ("held out", held_out, "dots")):
                 x, y = curve(part, key)
@@ -266,15 +271,15 @@ def moved_section(pairs, guided, symbol):
             reach = f"f from {tokens.weight.min():.3g} to {tokens.weight.max():.3g}".replace("-", "−")
             figures.append([f"Tokens with f ≤ 0, {side}", percent(flipped, len(tokens.text)), reach])
 
-    columns = ["", "", "tokens", "of its tokens", f"of Σ|{symbol}|", "of Σ|f|", f"mean {symbol}"]
+    columns = ["", "", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * guided
     table = []
     for kind in (3, 1, 2, 0):
         for side, t in zip(SIDES, sides):
             mine = t.kind == kind
             table.append([KINDS[kind], side, f"{mine.sum():,}", percent(mine.sum(), len(mine)),
                           percent(abs(t.reward[mine]).sum(), abs(t.reward).sum()),
-                          percent(abs(t.weight[mine]).sum(), abs(t.weight).sum()),
-                          signed(t.reward[mine].mean() if mine.any() else None)])
+                          signed(t.reward[mine].mean() if mine.any() else None),
+                          percent(abs(t.weight[mine]).sum(), abs(t.weight).sum())][:len(columns)])
 
     rewards, weights = tuple(t.reward for t in sides), tuple(t.weight for t in sides)
     charts = [histogram(f"Distribution of {symbol}", symbol, rewards),

@@ -96,6 +96,7 @@ function bounds(chart) {
   // A mark is drawn where it is near; it never squeezes the curve.
   for (const [value] of chart.marks || []) if (Math.abs(value - y1) < (y1 - y0 || 1)) reach(value);
   if (x0 === x1) { x0 -= 1; x1 += 1; }
+  if (y0 === 0 && y1 === 0) y1 = 1;
   if (y0 === y1) { const pad = Math.abs(y0) / 2 || .5; y0 -= pad; y1 += pad; }
   const pad = chart.range ? 0 : (y1 - y0) * .05;
   return [x0, x1, y0 - (chart.zero && y0 === 0 ? 0 : pad), y1 + (chart.zero && y1 === 0 ? 0 : pad)];

@@ -268,7 +268,8 @@ def run_tables(run, config, dropped):
     if isinstance(figures, list) and figures and all(isinstance(row, dict) for row in figures):
         columns = list(dict.fromkeys(key for row in figures for key in row))
         tables.append(table("evaluation", "Final evaluation", [c.replace("_", " ") for c in columns],
-                            [[row.get(c) for c in columns] for row in figures]))
+                            [[f"{value:.4g}" if isinstance(value, float) else value
+                              for value in map(row.get, columns)] for row in figures]))
     counts = run["data"] if isinstance(run.get("data"), dict) else {}
     if not all(isinstance(value, dict) for value in counts.values()):
         counts = {"": counts}                   # one set of data; else train and eval
@@ -279,7 +280,8 @@ def run_tables(run, config, dropped):
     if rows:
         tables.append(table("data", "Data", ["", *counts], rows))
     if dropped:
-        reasons = collections.Counter(str(row.get("reason", "?")) for row in dropped)
+        # "prompt too long: 3004 tokens, at most 1800": what stands before the colon is the kind
+        reasons = collections.Counter(str(row.get("reason", "?")).split(":")[0] for row in dropped)
         tables.append(table("reasons", "Dropped, by reason", ["", ""], reasons.most_common()))
         columns = ("file", "row", "reason")
         tables.append(table("dropped", f"Dropped rows ({len(dropped)})", columns,

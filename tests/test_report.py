@@ -37,15 +37,15 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
         for step in range(1, steps + 1):
             done = 1 - math.exp(-3 * step / steps)
             row = {"stage": stage, "step": step, "epoch": 1, "loss": 0.693 - 0.4 * done + rng.normal(0, 0.02),
-                   "margin": 1.3 * done + rng.normal(0, 0.05), "dpo_margin": 0.9 * done,
+                   "margin": 0.9 * done, "dpo_margin": 0.9 * done,
                    "accuracy": min(1, 0.5 + 0.4 * done + rng.normal(0, 0.03)),
                    "logratio_chosen": -2 * done, "logratio_rejected": -11 * done,
                    "lr": 7e-7 * math.cos(1.5 * step / steps), "grad_norm": 20 * rng.lognormal(0, 0.2),
                    "tokens_per_second": 8000 + 200 * rng.normal()}
             if stage == "tgdpo":
-                row |= {"r_hat_mean": 0.01, "r_hat_std": 0.3, "r_hat_min": -2 + rng.normal(0, 0.2),
-                        "r_hat_max": 1.8, "f_mean": 1.0, "f_std": 0.15, "f_min": -0.1, "f_max": 2.1,
-                        "f_nonpositive": 0.02 * done}
+                row |= {"margin": 1.3 * done + rng.normal(0, 0.05), "f_nonpositive": 0.02 * done,
+                        "r_hat_mean": 0.01, "r_hat_std": 0.3, "r_hat_min": -2 + rng.normal(0, 0.2),
+                        "r_hat_max": 1.8, "f_mean": 1.0, "f_std": 0.15, "f_min": -0.1, "f_max": 2.1}
             rows.append(row)
             if step % (steps // 6) == 0:
                 held_out = {key: value for key, value in row.items() if key not in ("lr", "grad_norm")}
@@ -70,7 +70,8 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
             file.write(json.dumps(row) + "\n")
     (out / "samples.json").write_text(json.dumps([
         {"prompt": "What is <b>bold</b>?", "reference": "A tag.\n", "guide": "HTML", "policy": "Tag"}] * 3))
-    (out / "dropped.jsonl").write_text('{"file": "pairs.jsonl", "row": 7, "reason": "empty response"}\n' * 2)
+    drop = {"file": "pairs.jsonl", "row": 7, "reason": "empty response: chosen"}
+    (out / "dropped.jsonl").write_text(f"{json.dumps(drop)}\n" * 2)
     (out / "run.json").write_text(json.dumps({
         "command": "python train.py --seed 0", "machine": {"device": "2 cores", "gpu": None},
         "versions": {"torch": "2.13.0"},
@@ -128,6 +129,8 @@ def test_simpo_has_no_reference(tmp_path):
     assert (pair.moved, pair.plain, pair.phi) == (None, None, None)
     data = report.gather(run)
     assert data["symbol"] == "β/|y| log π" and data["moved"]["figures"][0][0] == "Policy accuracy"
+    assert "of Σ|f|" not in data["moved"]["columns"] and {len(row) for row in data["moved"]["table"]} == {6}
+    assert "marks" not in data["stages"][0]["charts"][0]
 
 
 def test_guide_beta_is_beta_where_none_is_given(tmp_path):
@@ -149,11 +152,11 @@ def test_the_pairs_helped_most_and_least_and_those_the_guide_got_wrong():
 def test_what_carries_the_reward_by_hand(tmp_path):
     moved = report.gather(one_pair(tmp_path))["moved"]
     table = {(row[0], row[1]): row[2:] for row in moved["table"]}
-    # tokens, share of tokens, of the summed |r_hat|, of the summed |f|, mean r_hat
-    assert table["end token", "chosen"] == ["1", "50.0%", "50.0%", "25.0%", "−0.25"]
-    assert table["punctuation", "rejected"] == ["1", "33.3%", "0.0%", "25.0%", "+0"]
-    assert table["other", "rejected"] == ["1", "33.3%", "100.0%", "50.0%", "−0.5"]
-    assert table["white space", "chosen"] == ["0", "0.0%", "0.0%", "0.0%", "–"]
+    # tokens, share of tokens, of the summed |r_hat|, mean r_hat, share of the summed |f|
+    assert table["end token", "chosen"] == ["1", "50.0%", "50.0%", "−0.25", "25.0%"]
+    assert table["punctuation", "rejected"] == ["1", "33.3%", "0.0%", "+0", "25.0%"]
+    assert table["other", "rejected"] == ["1", "33.3%", "100.0%", "−0.5", "50.0%"]
+    assert table["white space", "chosen"] == ["0", "0.0%", "0.0%", "–", "0.0%"]
     assert moved["end"] == "<e>"
     told = {label: value for label, value, _ in moved["figures"]}
     assert told["Guide accuracy"] == "100.0%" and told["Tokens with f ≤ 0, chosen"] == "0.0%"
@@ -209,6 +212,7 @@ def test_curves_by_stage(tmp_path):
     assert loss[0]["y"][-1] == 0.125
     assert [series["name"] for series in policy["charts"][1]["series"]] == [
         "optimised φ, training", "optimised φ, held out", "plain DPO, training", "plain DPO, held out"]
+    assert [series["name"] for series in guide["charts"][1]["series"]] == ["training", "held out"]
 
 
 def test_a_long_curve_keeps_its_spikes():
@@ -251,7 +255,7 @@ def test_values_that_no_run_writes_are_left_out(tmp_path):
     values = ["null", "true", "-1", '"x"', "[]", "{}", "1e300", "NaN", "1e999", "9" * 400, '"\\ud800"']
 
     def damaged(row, places=1):
-        """Row in JSON, each of its values in turn replaced by each of those, also `places` times as a list."""
+        """Row in JSON, each value of it in turn replaced by each of those, also `places` times as a list."""
         for key in row:
             rest = json.dumps({name: value for name, value in row.items() if name != key})[1:]
             for value in values:
@@ -295,7 +299,7 @@ def test_data_counts_settings_machine_and_command(tmp_path):
     assert tables["data"]["columns"] == ["", "train", "eval"]
     assert tables["data"]["rows"][:2] == [["rows read", "130", "24"], ["pairs kept", "128", "–"]]
     assert tables["reasons"]["rows"] == [["empty response", "2"]]
-    assert tables["dropped"]["rows"] == [["pairs.jsonl", "7", "empty response"]] * 2
+    assert tables["dropped"]["rows"] == [["pairs.jsonl", "7", "empty response: chosen"]] * 2
     assert ["lr", "7e-07"] in tables["settings"]["rows"] and ["guide_beta", "1"] in tables["settings"]["rows"]
     assert tables["machine"]["rows"] == [["device", "2 cores"], ["gpu", "–"], ["torch", "2.13.0"]]
     assert data["command"] == "python train.py --seed 0" and len(data["samples"]) == 3
