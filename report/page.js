@@ -308,21 +308,23 @@ function unpack(text, type) {
   return new type(bytes.buffer);
 }
 
+const tokensOf = (record, side) => Array.from(unpack(record[side].ids, Uint32Array), id => data.pieces[id]);
+
 // The same arithmetic as report.py's `score`.
 function measure(record, side) {
-  const ids = unpack(record[side].ids, Uint32Array), [ref, guide, policy] = ["ref", "guide", "policy"].map(
+  const tokens = tokensOf(record, side), [ref, guide, policy] = ["ref", "guide", "policy"].map(
     name => record[side][name] ? unpack(record[side][name], Float32Array) : null);
-  const each = formula => Array.from(ids, (_, t) => formula(t));
+  const each = formula => tokens.map((_, t) => formula(t));
   const moved = policy && ref ? each(t => policy[t] - ref[t]) : null;
   let reward = null, weight = null;
   if (loss === "tgdpo" && guide && ref) {
     reward = each(t => guideBeta * (guide[t] - ref[t]));
     weight = reward.map(r => 1 + (side === "chosen" ? alpha : -alpha) * r);
   } else if (loss === "dpo" && moved) reward = moved.map(m => beta * m);
-  else if (loss === "simpo" && policy) reward = each(t => beta / ids.length * policy[t]);
-  const total = weight ? weight.reduce((sum, f) => sum + Math.abs(f), 0) : ids.length;
+  else if (loss === "simpo" && policy) reward = each(t => beta / tokens.length * policy[t]);
+  const total = weight ? weight.reduce((sum, f) => sum + Math.abs(f), 0) : tokens.length;
   const share = each(t => (weight ? Math.abs(weight[t]) : 1) / total);
-  return {tokens: each(t => data.pieces[ids[t]]), ref, guide, policy, moved, reward, weight, share};
+  return {tokens, ref, guide, policy, moved, reward, weight, share};
 }
 
 // White space is marked by the style sheet, so that copied text is the text itself.
@@ -425,7 +427,7 @@ function explorer() {
 
   function textOf(record) {
     if (!texts.has(record.n)) {
-      const words = SIDES.map(side => measure(record, side).tokens.join(""));
+      const words = SIDES.map(side => tokensOf(record, side).join(""));
       texts.set(record.n, [record.source, record.prompt, ...words].join("\n").toLowerCase());
     }
     return texts.get(record.n);
