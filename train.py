@@ -236,7 +236,7 @@ def evaluate(run, net, stage):
 
 def figures(run, stage, logps):
     """The row of metrics of the evaluation pairs' log-probs `logps` under the stage's loss. Collective."""
-    tally, mine = Tally(run.device), range(run.rank, len(logps), run.world)
+    tally, mine = Tally(run.device, stage.ref is not None), range(run.rank, len(logps), run.world)
     for indices in (mine[k:k + 64] for k in range(0, len(mine), 64)):
         pack, logp = data.collate([stage.eval_pairs[i] for i in indices]), torch.cat([logps[i] for i in indices])
         pack_loss(stage, run.options, logp.to(run.device), pack, [len(stage.pairs) + i for i in indices], tally)
@@ -258,7 +258,7 @@ def learning_rate(options, step, total):
 def optimiser_step(run, net, optimiser, stage, batch):
     """One step on the pairs `batch` (indices): every pair weighs 1/len(batch), whatever rank or micro-batch it is in.
     Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a gradient that is not finite."""
-    tally, losses = Tally(run.device), []
+    tally, losses = Tally(run.device, stage.ref is not None), []
     dealt = data.deal([size(stage.pairs[i]) for i in batch], run.world, run.plan.micro_tokens)[run.rank]
     for part in dealt:
         indices = [int(batch[k]) for k in part]

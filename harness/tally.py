@@ -11,7 +11,9 @@ PEAKS = ("r_hat", "-r_hat", "f", "-f")      # the greatest value; the least, neg
 class Tally:
     """Adds figures up on the device, without waiting for it, until `row` asks for them."""
 
-    def __init__(self, device):
+    def __init__(self, device, reference):
+        """reference: whether the losses know one; without, a row has no DPO margin and no log-ratios."""
+        self.figures = SUMS[1:8] if reference else SUMS[1:4]
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.peaks = torch.full((len(PEAKS),), -torch.inf, dtype=torch.float64, device=device)
 
@@ -34,7 +36,7 @@ class Tally:
         dist.all_reduce(self.sums)
         dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX)
         sums, peaks = dict(zip(SUMS, self.sums.tolist())), dict(zip(PEAKS, self.peaks.tolist()))
-        row = {name: sums[name] / sums["pairs"] for name in SUMS[1:8]}
+        row = {name: sums[name] / sums["pairs"] for name in self.figures}
         if sums["tokens"]:
             for name in ("r_hat", "f"):
                 mean = sums[name] / sums["tokens"]

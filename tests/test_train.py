@@ -121,6 +121,7 @@ def test_the_baselines_are_theirs(loss, options, tmp_path):
     assert run("--out", tmp_path / "out", "--model", start, "--data", path, "--loss", loss, **options) == 0
     expected, _ = plain_training(start, tokens_of(start, path), loss, **{"beta": 0.3} | options)
     same([r["loss"] for r in metrics(tmp_path / "out", loss)], expected)
+    assert ("dpo_margin" in metrics(tmp_path / "out")[0]) == (loss == "dpo")       # SimPO knows no reference
 
 
 def test_a_guide_made_by_dpo_serves_as_guide(tmp_path):
