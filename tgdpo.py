@@ -4,8 +4,9 @@ D1-D8 are the derivation, on problems small enough to enumerate. A policy is a t
 log-probability of each action (token) in each state (the prompt and the tokens so far). reward and f are
 tables of the same shape; child [S, A], int64, is the state that follows, -1 where the response ends. State 0
 is the prompt, and a state comes before its children.
-D9-D16, with phi of D7, are what training calls. A model is a pair (chosen, rejected) of tensors [B, T] of
-per-token log-probs, 0 where there is no response token; chosen and rejected may differ in T.
+D9-D16, with phi of D7, are what training calls, except token_gradients, which autograd does. A model is a pair
+(chosen, rejected) of tensors [B, T] of per-token log-probs, 0 where there is no response token; chosen and
+rejected may differ in T.
 
 Letters: S states, A actions, B pairs, T tokens. Suffix _w chosen, _l rejected. beta > 0, alpha >= 0.
 """

@@ -281,6 +281,9 @@ def test_D5_fails_where_f_stands_at_the_log_ratio():
     best = max(grid, key=undivided)
     assert quoted("D5", best) < 0.5 < formula
     assert quoted("D5", undivided(best)) - quoted("D5", undivided(formula)) > 0.1
+    # What remains: r = f log pi/pi_ref + f + lambda, with one lambda for both actions.
+    multipliers = [r - w * log(q / u) - w for q, r, w, u in zip((best, 1 - best), reward, f, ref)]
+    assert multipliers[0] == approx(multipliers[1], abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -458,4 +461,6 @@ def test_D10_a_shared_token():
     ratio, r_hat = torch.tensor([[0.3]], dtype=F64), torch.tensor([[0.5]], dtype=F64)
     phi = tgdpo.phi(ratio, ratio, tgdpo.f_w(r_hat, 1.0), tgdpo.f_l(r_hat, 1.0), 0.1).item()
     assert phi == approx(quoted("D10", 0.1 * (1.5 - 0.5) * 0.3, 2), abs=1e-15)
+    # The same phi with the labels swapped: the two sigma(phi) do not sum to 1.
+    assert 2 * torch.sigmoid(torch.tensor(phi)).item() > 1.01
     assert tgdpo.phi(ratio, ratio, torch.ones(1, 1), torch.ones(1, 1), 0.1).item() == 0

@@ -299,7 +299,8 @@ def test_D16_wrong_way_round():
 
 @pytest.mark.parametrize("change, words", [
     *((dict(beta=beta), "^beta") for beta in (0.0, -1.0, math.nan, math.inf)),
-    (dict(alpha=-0.1), "alpha"), (dict(alpha=math.nan), "alpha"), (dict(guide_beta=0.0), "guide_beta"),
+    *((dict(alpha=alpha), "alpha") for alpha in (-0.1, math.nan, math.inf)),
+    (dict(guide_beta=0.0), "guide_beta"),
     (dict(ref=(torch.zeros(2, 3), torch.zeros(2, 5))), "ref rejected.*2, 5"),
     (dict(guide=(torch.zeros(2, 2), torch.zeros(2, 4))), "guide chosen.*2, 2"),
     (dict(policy=(torch.zeros(2, 3), torch.zeros(1, 4))), "policy rejected.*1, 4"),
