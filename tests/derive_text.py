@@ -15,6 +15,6 @@ def sections():
 def quoted(label, value, digits=4):
     """The step's text gives this value, rounded to so many digits; returns the value."""
     number = f"{float(value):.{digits}f}"
-    found = re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", sections()[label])
+    found = re.search(rf"(?<![\d.-]){re.escape(number)}(?!\d)", sections()[label])
     assert found, f"{label} does not say {number}"
     return value
