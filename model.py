@@ -623,8 +623,7 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
     written into DIRECTORY.tmp and renamed at the end: a directory of that name is whole."""
     kind, dtype_name, width = DTYPE_NAMES[dtype]
     config = dict(source) if isinstance(source, dict) else _read_json(os.path.join(source, "config.json"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype_name
+    config |= {"torch_dtype": dtype_name, "dtype": dtype_name}      # its name before and since transformers 4.56
     part = directory.rstrip("/") + ".tmp"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)

@@ -312,14 +312,16 @@ def train(run, stage, directory):
         set_adam_step(optimiser, step)
         if state["world_size"] == run.world:
             checkpoint.set_random_state(state["random"][run.rank])
-        say(f"resumed from {newest}: step {step} of {total}", run.rank)
+        say(f"{stage.loss}: resumed from {newest}: step {step} of {total}", run.rank)
     elif options.resume:
-        say("nothing complete to resume from: starting from the beginning", run.rank)
+        say(f"{stage.loss}: nothing complete to resume from: starting from the beginning", run.rank)
     run.metrics.keep_until(stage.loss, step)
 
     def save():
-        checkpoint.save(checkpoints, step, training_state(net, optimiser),
-                        {"identity": run.identity | {"stage": stage.loss}}, options.keep)
+        epoch, position = divmod(step, per_epoch)
+        checkpoint.save(checkpoints, step, training_state(net, optimiser), {
+            "identity": run.identity | {"stage": stage.loss}, "steps": total, "epoch": epoch,
+            "position": position * options.batch_size}, options.keep)
 
     stop_if_told(run)       # from here on a signal waits for the end of a step
     bar = Progress(total, stage.loss, run.rank, start=step)
