@@ -1,9 +1,9 @@
 """Preference records to token ids to batches.
 
-Rows of several forms become a prompt of messages and two replies; a tokenizer's own chat template and vocabulary make
-a `Pair` of token ids of them; pairs are dealt to ranks and laid out as a `Pack`: one row of tokens without padding, in
-which a pair's prompt stands once for both responses.
-Letters: B pairs, N rows (tokens of the pack), S segments (two a pair), M keys, R response tokens.
+A row of a file becomes a prompt of messages and two replies; the tokenizer's own chat template and vocabulary
+make a `Pair` of token ids of them. Pairs are dealt to ranks and laid out as a `Pack`, one row of tokens
+without padding, in which a pair's prompt stands once for both responses.
+Letters: B pairs, N rows (tokens of the pack), S segments (two a pair), M keys, R response tokens, V pieces.
 """
 import collections
 import functools
@@ -25,27 +25,22 @@ import tokenizers
 import torch
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+PROMPTS = ("prompt", "instruction", "conversations")
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SANDBOX = Path(__file__).parent / "harness" / "sandbox.py"
 CHUNK = 512     # rows rendered and tokenised at a time
 
 
 class BadData(ValueError):
-    """Input that cannot be used: what, where and the mend, in one line (several bad rows: a line each)."""
+    """Input that cannot be used: what, where and the mend in one line (several bad rows: a line each)."""
 
 
 class BadRow(BadData):
-    """A row that cannot be read. The message is "kind: detail"; file and row are added where they are known."""
+    """A row that cannot be read: "kind: detail". File and row are added where they are known."""
 
 
 class Dropped(Exception):
-    """A readable row that is not trained on. The message is "kind" or "kind: detail"."""
-
-
-def brief(text):
-    """Text as one printable line of 200 characters at most, for messages that quote what strangers wrote."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:1000]).split())
-    return line if len(line) <= 200 else line[:197] + "..."
+    """A readable row that is not trained on: "kind" or "kind: detail"."""
 
 
 class Pair(NamedTuple):
@@ -53,22 +48,28 @@ class Pair(NamedTuple):
     prompt: np.ndarray      # [P] int32, from the BOS to the assistant header: what inference would feed
     chosen: np.ndarray      # [C] int32, every token of it is scored
     rejected: np.ndarray    # [R] int32, likewise
-    source: str             # "FILE:ROW", rows counted from 1
+    source: str             # "FILE:ROW", rows counted from 1: lines, or elements of an array or table
 
 
 class Counts(NamedTuple):
     """What became of the rows of the files."""
     rows: int
     kept: int
-    cut: int            # responses cut at max_length, of kept pairs
-    boundary: int       # responses tokenised apart from their prompt, of kept pairs
-    dropped: list       # {"file", "row", "reason"}; the reason's kind stands before its first colon
+    cut: int                # responses cut at max_length, of kept pairs
+    boundary: int           # responses tokenised apart from their prompt, of kept pairs
+    dropped: list           # {"file", "row", "reason"}; the reason's kind stands before its first colon
 
 
-# Rows
+def brief(text):
+    """What strangers wrote, as one printable line of 200 characters at most."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:1000]).split())
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+# Files to rows
 
 def open_file(path):
-    """Opens a regular file for reading bytes; BadData says what else stands there."""
+    """Opens a regular file of bytes; BadData says what else stands there."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -76,11 +77,11 @@ def open_file(path):
         if not stat.S_ISREG(mode):
             raise BadData(f"{path}: is a pipe or a device, not a regular file")
         file = open(path, "rb")
+        head = file.peek(64)
     except FileNotFoundError:
         raise BadData(f"{path}: no such file") from None
     except OSError as error:
         raise BadData(f"{path}: cannot be read: {error.strerror}") from None
-    head = file.peek(64)
     if not head:
         raise BadData(f"{path}: is empty")
     if head.startswith(b"\x1f\x8b"):
@@ -90,95 +91,67 @@ def open_file(path):
     return file
 
 
-def read_text(path):
-    """The text of a small UTF-8 file."""
-    with open_file(path) as file:
-        try:
-            return file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadData(f"{path}: is not UTF-8 at byte {error.start}") from None
+def object_of(members):
+    """An object's members as a dict, or the BadRow among them: an unreadable part condemns its row."""
+    value = dict(members)
+    if len(value) < len(members):
+        key, _ = collections.Counter(key for key, _ in members).most_common(1)[0]
+        return BadRow(f"duplicate key: {brief(key)!r} stands twice in one object")
+    for member in value.values():
+        for part in member if isinstance(member, list) else [member]:
+            if isinstance(part, BadRow):
+                return part
+    return value
 
 
-def strict_json(faults):
-    """A decoder that notes in `faults` what Python's accepts beyond JSON: constants, and keys that stand twice."""
-    def object_of(members):
-        value = dict(members)
-        if len(value) < len(members):
-            keys = [key for key, _ in members]
-            faults.append(f"duplicate key: {brief(next(key for key in keys if keys.count(key) > 1))!r}")
-        return value
-    return json.JSONDecoder(object_pairs_hook=object_of,
-                            parse_constant=lambda name: faults.append(f"{name}: is no JSON value; write null"))
+STRICT = json.JSONDecoder(object_pairs_hook=object_of,
+                          parse_constant=lambda name: BadRow(f"{name}: is no JSON value; write null"))
+
+
+def parse(raw):
+    """The value of JSON in UTF-8, or a BadRow that says why there is none."""
+    try:
+        return STRICT.decode(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8: at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return BadRow(f"broken JSON: {error.msg} at {line}column {error.colno}")
+    except (RecursionError, ValueError) as error:       # a ValueError is an integer of more than 4300 digits
+        return BadRow(f"broken JSON: {brief(error)}")
 
 
 def read_rows(path):
-    """Yields (row, value) for each row of a .jsonl, .json or .parquet file; the value is a BadRow where it cannot
-    be read. Rows count from 1: lines of a file of lines, else elements. Raises BadData for the file as a whole."""
+    """Yields (row, value) of a .jsonl, .json or .parquet file; the value is a BadRow where it cannot be read.
+    Raises BadData where the file as a whole cannot."""
+    row = 0
     with open_file(path) as file:
         if path.suffix == ".parquet":
-            yield from parquet_rows(path)
+            rows = parquet_rows(path)
         elif path.suffix not in (".jsonl", ".json"):
-            raise BadData(f"{path}: unknown suffix {path.suffix!r}; rows are read from .jsonl, .json and .parquet")
-        elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            yield from array_rows(path)
-        else:       # lines of bytes end at newlines only, not at the others that str.splitlines() knows
-            for row, line in enumerate(file, 1):
-                if row == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield row, line_value(line)
-
-
-def line_value(line):
-    """The JSON value of one line, or a BadRow that says why there is none."""
-    faults = []
-    try:
-        value = strict_json(faults).decode(line.decode())
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: byte {error.start + 1} of the line")
-    except json.JSONDecodeError as error:
-        return BadRow(f"broken JSON: {error.msg}, column {error.colno}")
-    except (RecursionError, ValueError) as error:       # ValueError: an integer of more than 4300 digits
-        return BadRow(f"broken JSON: {brief(error)}")
-    return BadRow(faults[0]) if faults else value
-
-
-def array_rows(path):
-    """Rows of a file that is one JSON array. Where an element is broken, none after it can be read."""
-    text, faults = read_text(path), []
-    decoder, skip = strict_json(faults), re.compile(r"[ \t\r\n]*")
-    at = skip.match(text, text.index("[") + 1).end()
-    for row in itertools.count(1):
-        if row == 1 and text[at:at + 1] == "]":
-            break
-        try:
-            value, at = decoder.raw_decode(text, at)
-            at = skip.match(text, at).end()
-            if text[at:at + 1] not in ("]", ","):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        except (RecursionError, ValueError) as error:
-            raise BadData(f"{path}:{row}: broken JSON: {brief(error)}") from None
-        yield row, BadRow(faults[0]) if faults else value
-        faults.clear()
-        if text[at] == "]":
-            break
-        at = skip.match(text, at + 1).end()
-    if text[at + 1:].strip():
-        raise BadData(f"{path}: broken JSON: text follows the array")
+            raise BadData(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
+        elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            rows = parse(file.read())
+            if isinstance(rows, BadRow):
+                raise BadData(f"{path}: {rows}")
+        else:       # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
+            rows = (parse(line) if line.strip() else None for line in file)
+        for row, value in enumerate(rows, 1):
+            if value is not None:
+                yield row, value
+    if not row:
+        raise BadData(f"{path}: has no rows")
 
 
 def parquet_rows(path):
-    """Rows of a parquet file, for which pyarrow must be there."""
+    """Yields the rows of a parquet file, for which pyarrow must be there."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise BadData(f"{path}: parquet needs pyarrow; pip install pyarrow, or convert the file to .jsonl") from None
+        raise BadData(f"{path}: needs pyarrow; pip install pyarrow, or convert the file to .jsonl") from None
     try:
-        row = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(CHUNK):
-            for value in batch.to_pylist():
-                row += 1
-                yield row, value
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadData(f"{path}: is no parquet file that pyarrow reads: {brief(error)}") from None
 
@@ -188,16 +161,17 @@ def parquet_rows(path):
 def text_of(value, field):
     """A string, or the joined strings of a list of text parts."""
     if isinstance(value, list):
-        parts = [part if isinstance(part, dict) and part.get("type", "text") == "text" else {} for part in value]
-        texts = [part.get("text") if part.get("text") is not None else part.get("value") for part in parts]
-        value = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else value
+        parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") == "text"]
+        texts = [part.get("value") if part.get("text") is None else part["text"] for part in parts]
+        if parts and len(parts) == len(value) and all(isinstance(text, str) for text in texts):
+            value = "".join(texts)
     if not isinstance(value, str):
-        kind = "missing" if value is None else "list of other things" if isinstance(value, list) else type(value).__name__
-        raise BadRow(f"no text: `{field}` must be a string or a list of text parts, and is {kind}")
+        raise BadRow(f"no text: `{field}` must be a string or a list of text parts, and is " + (
+            "missing" if value is None else f"a {type(value).__name__}"))
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"lone surrogate: `{field}` has \\u{ord(value[error.start]):04x}, which is no character") from None
+        raise BadRow(f"lone surrogate: {value[error.start]!a} in `{field}` is no character") from None
     return value
 
 
@@ -208,7 +182,7 @@ def messages_of(value, field):
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
             raise BadRow(f"no message: `{place}` must be an object with role and content")
-        role, content = (message.get(a) if message.get(a) is not None else message.get(b)
+        role, content = (message.get(b) if message.get(a) is None else message[a]
                          for a, b in (("role", "from"), ("content", "value")))
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"unknown role: {brief(role)!r} in `{place}`; known are {', '.join(ROLES)}")
@@ -217,45 +191,50 @@ def messages_of(value, field):
 
 
 def prompt_of(row):
-    """The messages of a row's own prompt field, or None where it has none."""
-    given = [field for field in ("prompt", "instruction", "conversations") if row.get(field) is not None]
+    """The messages of a row's own prompt, or None where it has none."""
+    given = [field for field in PROMPTS if row.get(field) is not None]
     if not given:
         return None
     if any(row[field] != row[given[0]] for field in given):
-        raise BadRow(f"two prompts: `{given[0]}` and `{given[1]}` say different things; leave one out")
+        raise BadRow(f"two prompts: {' and '.join(given)} say different things; leave one")
     if isinstance(row[given[0]], list):
-        return messages_of(row[given[0]], given[0])
-    texts = [text_of(row[field], field) for field in (given[0], "input", "query") if row.get(field) not in (None, "")]
-    return [{"role": "user", "content": "\n".join(texts)}]
+        messages = messages_of(row[given[0]], given[0])
+    else:
+        fields = [given[0]] + [field for field in ("input", "query") if row.get(field) not in (None, "")]
+        messages = [{"role": "user", "content": "\n".join(text_of(row[field], field) for field in fields)}]
+    if row.get("system") not in (None, "") and messages[:1] != [] and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": text_of(row["system"], "system")})
+    return messages
 
 
 def preference_of(row):
-    """A row of any accepted form as (prompt messages, chosen text, rejected text)."""
+    """A row of any accepted form as (prompt messages, chosen text, rejected text). Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
     if not isinstance(row, dict):
         raise BadRow(f"no object: the row is a {type(row).__name__}")
     typed = "_messages" if row.get("chosen_messages") is not None else ""       # LLaMA-Factory's v1 form
-    given, sides = None if typed else prompt_of(row), []
+    prompt, sides = None if typed else prompt_of(row), []
     for field in ("chosen" + typed, "rejected" + typed):
         value = row.get(field)
-        if value is None:
-            raise BadRow(f"missing field: `{field}`")
         if not isinstance(value, (str, list, dict)):
-            raise BadRow(f"wrong type: `{field}` must be a string or messages, and is a {type(value).__name__}")
-        side = [{"role": "assistant", "content": text_of(value, field)}] if isinstance(value, str) else \
-            messages_of(value, field)
+            raise BadRow(f"missing field: `{field}`" if value is None else
+                         f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}")
+        value = {"role": "assistant", "content": value} if isinstance(value, str) else value
+        side = messages_of(value, field)
         if not side or side[0]["role"] == "assistant":
-            if given is None:
-                raise BadRow(f"missing field: `prompt` (or `instruction`, `conversations`, or a prompt in `{field}`)")
-            side = given + side
-        elif isinstance(row.get("prompt"), list) and side[:len(given)] != given:
-            raise BadRow(f"different prompts: `{field}` does not begin with the messages of `prompt`")
+            if prompt is None:
+                raise BadRow(f"missing field: one of {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
+            side = prompt + side
+        elif any(isinstance(row.get(name), list) for name in PROMPTS) and side[:len(prompt)] != prompt:
+            raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
         roles = [message["role"] for message in side]
         turns = roles[roles[:1] == ["system"]:]
         if turns[-1:] != ["assistant"]:
             raise BadRow(f"no response: `{field}` must end with a message of the assistant")
-        if len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-            raise BadRow(f"roles out of order: {', '.join(roles[:8])} in `{field}`; first a system message, if any, "
-                          "then user and assistant in turn")
+        if turns != ["user", "assistant"] * (len(turns) // 2):
+            raise BadRow(f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, if "
+                         "any, user and assistant speak in turn")
         sides.append(side)
     if sides[0][:-1] != sides[1][:-1]:
         raise BadRow("different prompts: chosen and rejected must answer the same messages")
@@ -265,17 +244,23 @@ def preference_of(row):
 # Messages to token ids
 
 class Renderer:
-    """A chat template in a process of its own (harness/sandbox.py); use it in a `with` statement."""
+    """A chat template at work in a process of its own, harness/sandbox.py, for use in a `with` statement."""
 
     def __init__(self, tokenizer):
         if tokenizer.template is None:
-            raise BadData(f"{tokenizer.directory}: the tokenizer has no chat template; give one with --chat-template FILE")
+            raise BadData(f"{tokenizer.directory}: has no chat template; --chat-template FILE gives one")
         self.name = tokenizer.template_name
-        self.process = subprocess.Popen([sys.executable, "-P", str(SANDBOX)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        self.ask({"template": tokenizer.template, "tokens": tokenizer.tokens})
+        self.header = {"template": tokenizer.template, "tokens": tokenizer.tokens}
 
     def __enter__(self):
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen([sys.executable, "-P", str(SANDBOX)], stdin=pipe, stdout=pipe, stderr=null,
+                                        start_new_session=True)     # Ctrl-C is for the trainer
+        try:
+            self.ask(self.header)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -287,17 +272,16 @@ class Renderer:
         try:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            answer = json.loads(self.process.stdout.readline() or "null")
         except BrokenPipeError:
-            line = b""
-        if not line:
+            answer = None
+        if answer is None:
             status = self.process.wait()
-            raise BadData(f"{self.name}: the chat template " + (
-                "takes more than 5 seconds for one row" if status == -signal.SIGPROF else
-                f"ended the process that renders it (status {status})") + "; use another with --chat-template FILE")
-        answer = json.loads(line)
+            answer = {"template": "takes too long for one row" if status == -signal.SIGPROF else
+                      f"needs too much memory, or broke its process in another way (status {status})"}
         if "template" in answer:
-            raise BadData(f"{self.name}: the chat template cannot be used: {brief(answer['template'])}")
+            raise BadData(f"{self.name}: the chat template cannot be used: {brief(answer['template'])}; "
+                          "--chat-template gives another")
         return answer
 
     def render(self, prompt, replies=()):
@@ -309,25 +293,25 @@ class Renderer:
 
 
 class ChatTokenizer:
-    """A tokenizer.json with its chat template and named control tokens; made by `load_tokenizer`."""
+    """A tokenizer.json with its named tokens and chat template; `load_tokenizer` makes one."""
 
-    def __init__(self, directory, backend, template, template_name, tokens):
-        self.directory, self.backend = directory, backend
-        self.template, self.template_name, self.tokens = template, template_name, tokens
-        self.vocabulary = backend.get_vocab()                       # piece -> id
+    def __init__(self, directory, backend, tokens, template, template_name):
+        self.directory, self.backend, self.tokens = directory, backend, tokens
+        self.template, self.template_name = template, template_name
+        self.vocabulary = backend.get_vocab()                           # piece -> id
         self.vocab_size = max(self.vocabulary.values()) + 1
-        special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        longest_first = sorted((piece for piece in special if piece), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")     # of text
-        unknown = special.pop(getattr(backend.model, "unk_token", None), None)             # may stand for any text
-        self.is_control = np.zeros(self.vocab_size, bool)                                  # [V], of ids
+        special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
+                   if token.content and (token.special or token.content in tokens.values())}
+        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        special.pop(getattr(backend.model, "unk_token", None), None)    # its id may stand for any text
+        self.is_control = np.zeros(self.vocab_size, bool)               # [V]
         self.is_control[list(special.values())] = True
-        self.is_control[[] if unknown is None else unknown] = False
 
     @functools.cached_property
     def digest(self):
-        """SHA-256 of pieces and template, in hexadecimal."""
-        return hashlib.sha256(json.dumps([sorted(self.vocabulary.items()), self.template, self.tokens]).encode()).hexdigest()
+        """SHA-256 of pieces, named tokens and template, in hexadecimal."""
+        parts = [sorted(self.vocabulary.items()), self.tokens, self.template]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property
     def end_ids(self):
@@ -342,84 +326,84 @@ class ChatTokenizer:
         return self.backend.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def pieces(self, ids):
-        """The text that each token adds; of tokens that share a character, the last has it and the others ''."""
-        anchor = self.backend.encode("x", add_special_tokens=False).ids[-1:]    # keeps a first space from being cut
+        """The text that each token adds; of tokens that share a character the last has it, the others ''."""
+        anchor = self.encode(["x"])[0][-1:]         # keeps a first space from being cut
         known, texts, start = len(self.decode(anchor)), [], 0
         for end in range(1, len(ids) + 1):
             text = self.decode([*anchor, *ids[start:end]])[known:]
-            if text.endswith("\ufffd") and end - start < 4 and end < len(ids):  # a character has four bytes at most
-                text = ""
+            if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
+                text = ""           # the character goes on in the next token: it has four bytes at most
             else:
                 start = end
             texts.append(text)
         return texts
 
     def prompt_ids(self, messages):
-        """The ids that inference feeds for messages: transformers' apply_chat_template with generation prompt."""
+        """The ids that inference feeds: transformers' apply_chat_template(…, add_generation_prompt=True)."""
         with Renderer(self) as renderer:
-            return self.backend.encode(renderer.render(messages)[0], add_special_tokens=False).ids
+            return self.encode(renderer.render(messages))[0]
 
     def scored(self, prompt, full, reply):
-        """The text after the prompt that is scored, and the id that ends it.
+        """The text after the prompt that is scored, and the id that ends it. Raises BadRow.
 
-        The template writes [lead][reply][tail][end token][rest] after the prompt. Lead and reply are scored, and the
-        end token, or eos where the template has none. A tail of blanks the template adds is not: inference must stop
-        right behind the reply. BadRow where the template writes something else.
+        The template writes [lead][reply][tail][end token][rest] after the prompt. Scored are lead and reply and
+        the end token, or eos where the template has none. Blanks that the template adds as a tail are not: at
+        inference the turn ends right behind the reply.
         """
         if not prompt or not full.startswith(prompt):
-            raise BadRow("chat template changes the prompt: with the response, the conversation does not begin as "
-                          f"its generation prompt does ({self.template_name})")
+            raise BadRow("chat template changes the prompt: with a response, the conversation does not begin "
+                         f"with the text that inference feeds ({self.template_name})")
         after, core = full[len(prompt):], reply.strip()
         end = self.control.search(after)
         body = after[:end.start()] if end else after
         lead = len(body) - len(body.lstrip())
         if not body.startswith(core, lead):
-            raise BadRow(f"chat template writes no generation prompt: {brief(after[:after.find(core)])!r} stands before "
-                          f"the response ({self.template_name})" if core in after else
-                          f"chat template drops or changes the response ({self.template_name})")
+            raise BadRow("chat template " + (
+                f"writes no generation prompt: {brief(after[:after.find(core)])!r} stands before the response"
+                if core in after else "drops or changes the response: it is not what follows the prompt") +
+                f" ({self.template_name})")
         tail, own = body[lead + len(core):], reply[len(reply.rstrip()):]
         if tail.strip():
-            raise BadRow(f"chat template writes {brief(tail)!r} behind the response, which is no control token "
-                          f"({self.template_name})")
+            raise BadRow(f"chat template ends the turn with text: {brief(tail)!r} is no control token of the "
+                         f"tokenizer ({self.template_name})")
         end = self.vocabulary.get(end[0] if end else self.tokens.get("eos_token"))
         if end is None:
-            raise BadRow(f"chat template ends no turn: it writes no control token behind the response, and the "
-                          f"tokenizer has no eos_token ({self.template_name})")
+            raise BadRow("chat template ends no turn: no control token stands behind the response, and the "
+                         f"tokenizer has no eos_token ({self.template_name})")
         return body[:lead + len(core)] + (own if tail.startswith(own) else ""), end
 
     def encode(self, texts):
-        """Token ids of each text, [list of ids], without any BOS of the tokenizer's own."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, [list of ids], without a BOS of the tokenizer's own. Raises BadData."""
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:      # the library raises bare Exceptions
+            raise BadData(f"{self.directory}: its tokenizer.json cannot encode: {brief(error)}") from None
+        return [encoding.ids for encoding in encodings]
 
     def encode_after(self, prompts, texts):
-        """Token ids of texts that follow prompts, [(ids of the prompt, [ids of each text], texts encoded apart)].
+        """Ids of texts that follow prompts: [(ids of the prompt, [ids of each text], texts encoded apart)].
 
-        prompts: B strings; texts: B lists of strings. Both are encoded jointly; where tokens reach across the
-        boundary the prompt keeps its own ids, and the text is encoded as if it followed something else.
+        prompts: B strings; texts: B lists of strings. Both are encoded jointly; where a token reaches across
+        the boundary the prompt keeps its own ids, and the text is encoded as if it followed something else.
         """
-        prompt_ids = self.encode(prompts)
-        starts = []     # a control token splits the text, so that nothing before the last one matters
-        for prompt, ids in zip(prompts, prompt_ids):
-            last = max((i for i in range(max(0, len(ids) - 64), len(ids)) if self.is_control[ids[i]]), default=0)
-            piece = self.backend.id_to_token(ids[last]) if ids else ""
-            start = prompt.rfind(piece)
-            starts.append((last, start) if self.control.fullmatch(piece) and start >= 0 else (0, 0))
-        joint = iter(self.encode([prompt[start:] + text for prompt, (_, start), several in zip(prompts, starts, texts)
-                                  for text in several]))
-        results = []
-        for ids, (last, _), several in zip(prompt_ids, starts, texts):
+        prompt_ids, starts, wholes = self.encode(prompts), [], []
+        for prompt, ids, both in zip(prompts, prompt_ids, texts):
+            last = max(np.flatnonzero(self.is_control[ids]), default=0)     # a control token splits the text
+            start = prompt.rfind(self.backend.id_to_token(ids[last])) if self.is_control[ids[last]] else 0
+            starts.append((last, start) if start > 0 else (0, 0))
+            wholes += [prompt[max(start, 0):] + text for text in both]
+        joint, results = iter(self.encode(wholes)), []
+        for ids, (last, _), both in zip(prompt_ids, starts, texts):
             known, responses, apart = ids[last:], [], 0
-            for text in several:
-                response = next(joint)
-                if response[:len(known)] != known:
-                    apart += 1
-                    response = known + self.continuation(text)
-                responses.append(response[len(known):])
+            for text, tokens in zip(both, joint):
+                agree = tokens[:len(known)] == known
+                responses.append(tokens[len(known):] if agree else self.continuation(text))
+                apart += not agree
             results.append((ids, responses, apart))
         return results
 
     def continuation(self, text):
-        """Token ids of text in the middle of other text: without a BOS or a dummy space before it."""
+        """Token ids of text in the middle of other text: no BOS and no dummy space stands before it."""
         for anchor in ("\n", "x", "."):
             before, joint = self.encode([anchor, anchor + text])
             if joint[:len(before)] == before:
@@ -428,17 +412,13 @@ class ChatTokenizer:
 
 
 def read_object(path):
-    """The object of a small JSON file, or {} where there is no such file."""
+    """The object of a JSON file, or {} where there is no such file."""
     if not path.exists():
         return {}
-    try:
-        value = json.loads(read_text(path))
-    except BadData:
-        raise
-    except (RecursionError, ValueError) as error:
-        raise BadData(f"{path}: broken JSON: {brief(error)}") from None
+    with open_file(path) as file:
+        value = parse(file.read())
     if not isinstance(value, dict):
-        raise BadData(f"{path}: must be a JSON object, and is a {type(value).__name__}")
+        raise BadData(f"{path}: " + (str(value) if isinstance(value, BadRow) else "must be a JSON object"))
     return value
 
 
@@ -449,50 +429,55 @@ def load_tokenizer(directory, chat_template=None):
     refused when something is to be rendered. Raises BadData.
     """
     directory = Path(directory)
-    file, config_file = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    try:
-        backend = tokenizers.Tokenizer.from_str(read_text(file))
-    except BadData:
-        raise
-    except Exception as error:      # the library raises bare Exceptions
-        raise BadData(f"{file}: is no tokenizer that the tokenizers library reads: {brief(error)}") from None
+    with open_file(directory / "tokenizer.json") as file:
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(file.read())
+        except Exception as error:      # the library raises bare Exceptions
+            raise BadData(f"{file.name}: the tokenizers library cannot read it: {brief(error)}") from None
+    if not 0 < max(backend.get_vocab().values(), default=0) < 1 << 24:
+        raise BadData(f"{directory / 'tokenizer.json'}: has no pieces, or ids beyond 16 million")
     backend.no_truncation()
     backend.no_padding()
-    config, older, tokens = read_object(config_file), read_object(directory / "special_tokens_map.json"), {}
-    for name in TOKENS:
-        token = config.get(name) if config.get(name) is not None else older.get(name)
+    name = directory / "tokenizer_config.json"
+    config, older, tokens = read_object(name), read_object(directory / "special_tokens_map.json"), {}
+    for kind in TOKENS:
+        token = older.get(kind) if config.get(kind) is None else config[kind]
         token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and not isinstance(token, str):
-            raise BadData(f"{config_file}: {name} must be a string or an object with content")
         if token is not None:
-            tokens[name] = token
-    known = [token for token in tokens.values() if backend.token_to_id(token) is not None]
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in known])
-    template, name = config.get("chat_template"), config_file
+            tokens[kind] = token
+    template = config.get("chat_template")
     if isinstance(template, list):
-        template = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
     if isinstance(template, dict):
         if "default" not in template:
-            raise BadData(f"{config_file}: no chat template is named default; give one with --chat-template FILE")
+            raise BadData(f"{name}: none of its chat templates is named default; --chat-template gives one")
         template = template["default"]
-    for path in [chat_template and Path(chat_template), directory / "chat_template.jinja"]:
-        if path and (path == chat_template or path.exists()):
-            template, name = read_text(path), path
-            break
-    if template is not None and not isinstance(template, str):
-        raise BadData(f"{config_file}: chat_template must be a string; give one with --chat-template FILE")
-    return ChatTokenizer(directory, backend, template, name, tokens)
+    try:
+        for text in (*tokens.values(), template or ""):
+            text.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise BadData(f"{name}: its named tokens and chat template must be text") from None
+    file = Path(chat_template or directory / "chat_template.jinja")
+    if chat_template or file.exists():
+        with open_file(file) as opened:
+            try:
+                template, name = opened.read().decode("utf-8-sig"), file
+            except UnicodeDecodeError:
+                raise BadData(f"{file}: is no chat template: not UTF-8") from None
+    known = [token for token in tokens.values() if backend.token_to_id(token) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in known])
+    return ChatTokenizer(directory, backend, tokens, template, name)
 
 
 def same_vocabulary(a, b):
     """Raises BadData unless the vocabularies of two ChatTokenizers are the same, piece by piece."""
-    if a.vocabulary == b.vocabulary:
-        return
     pieces_a, pieces_b = ({i: piece for piece, i in tokenizer.vocabulary.items()} for tokenizer in (a, b))
     other = [i for i in sorted(pieces_a.keys() | pieces_b.keys()) if pieces_a.get(i) != pieces_b.get(i)]
-    raise BadData(f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean other pieces, the "
-                  f"first is {other[0]}, {pieces_b.get(other[0])!r} against {pieces_a.get(other[0])!r}; the guide must "
-                  "share the policy's tokenizer")
+    if other:
+        piece_a, piece_b = pieces_a.get(other[0]), pieces_b.get(other[0])
+        raise BadData(f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean other "
+                      f"pieces, the first {other[0]}, {piece_b!r} against {piece_a!r}; a guide must share the "
+                      "policy's tokenizer")
 
 
 # Files to pairs
@@ -500,28 +485,28 @@ def same_vocabulary(a, b):
 def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False):
     """Reads files of preference rows into ([Pair], Counts).
 
-    paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response together; max_prompt_length:
+    paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
     of the prompt alone. Raises BadData for a file or template that cannot be used, for rows that cannot be read
     (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
-    outcomes = []       # (file, row, Pair or BadRow or Dropped, responses cut, responses encoded apart)
+    outcomes = []       # (file, row, Pair or BadRow or Dropped, responses cut, responses tokenised apart)
     with ThreadPoolExecutor(1) as pool, Renderer(tokenizer) as renderer:
         def render_some():
             return [(path, row, texts_of(value, tokenizer, renderer))
                     for path, row, value in itertools.islice(rows, CHUNK)]
         ahead = pool.submit(render_some)
         while chunk := ahead.result():
-            ahead = pool.submit(render_some)        # one chunk is rendered while another is tokenised
+            ahead = pool.submit(render_some)        # the next rows are rendered while these are tokenised
             outcomes += pairs_of(chunk, tokenizer, max_length, max_prompt_length)
-    pairs = [outcome for _, _, outcome, _, _ in outcomes if isinstance(outcome, Pair)]
     bad = [f"{path}:{row}: {outcome}" for path, row, outcome, _, _ in outcomes if isinstance(outcome, BadRow)]
-    if len(bad) == 1 and not skip_bad_rows:
-        raise BadData(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
     if bad and not skip_bad_rows:
+        if len(bad) == 1:
+            raise BadData(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
         more = f"\n... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise BadData(f"{len(bad)} of {len(outcomes)} rows cannot be used; mend them, or drop them with "
-                      "--skip-bad-rows:\n" + "\n".join(bad[:10]) + more)
+        raise BadData(f"{len(bad)} of {len(outcomes)} rows cannot be used; mend them, or drop such rows with "
+                      "--skip-bad-rows\n" + "\n".join(bad[:10]) + more)
+    pairs = [outcome for _, _, outcome, _, _ in outcomes if isinstance(outcome, Pair)]
     dropped = [{"file": str(path), "row": row, "reason": str(outcome)}
                for path, row, outcome, _, _ in outcomes if not isinstance(outcome, Pair)]
     if not pairs:
@@ -532,51 +517,48 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     return pairs, Counts(len(outcomes), len(pairs), cut, boundary, dropped)
 
 
-def texts_of(value, tokenizer, renderer):
-    """The texts of one row: (prompt, [scored text of chosen and rejected], [id that ends each]), or why it has none.
-    """
+def texts_of(row, tokenizer, renderer):
+    """One row's texts: (prompt, scored text of each response, id that ends each), or why it has none."""
     try:
-        if isinstance(value, BadRow):
-            return value
-        prompt, *replies = preference_of(value)
+        prompt, *replies = preference_of(row)
         control = tokenizer.control.search("\0".join([message["content"] for message in prompt] + replies))
         if control:
             return Dropped(f"control token in the text: {control[0]}")
         if not all(reply.strip() for reply in replies):
             return Dropped("empty response")
         before, *full = renderer.render(prompt, replies)
-        texts, ends = zip(*(tokenizer.scored(before, *both) for both in zip(full, replies)))
-        return before, texts, ends
+        return before, *zip(*(tokenizer.scored(before, *both) for both in zip(full, replies)))
     except BadRow as error:
         return error
 
 
 def pairs_of(chunk, tokenizer, max_length, max_prompt_length):
-    """Tokenises what texts_of gave: [(file, row, Pair or why there is none, responses cut, responses apart)]."""
-    texts = [texts for _, _, texts in chunk if not isinstance(texts, Exception)]
-    encoded = iter(tokenizer.encode_after([prompt for prompt, _, _ in texts], [scored for _, scored, _ in texts]))
+    """Tokenises (file, row, what texts_of gave) into the outcomes of load_pairs."""
+    good = [texts for _, _, texts in chunk if not isinstance(texts, Exception)]
+    encoded = iter(tokenizer.encode_after([prompt for prompt, _, _ in good], [both for _, both, _ in good]))
     outcomes = []
-    for path, row, texts in chunk:
+    for path, row, outcome in chunk:
         cut = apart = 0
-        if not isinstance(texts, Exception):
-            prompt, responses, apart = next(encoded)
+        if not isinstance(outcome, Exception):
+            (text, _, ends), (prompt, responses, apart) = outcome, next(encoded)
             room = max_length - len(prompt)
-            cut = sum(len(ids) >= room for ids in responses)        # the end token is still to come
-            chosen, rejected = (np.array([*ids, end][:max(room, 0)], np.int32) for ids, end in zip(responses, texts[2]))
-            prompt, written = np.array(prompt, np.int32), len(tokenizer.control.findall(texts[0]))
-            is_control = tokenizer.is_control
-            if is_control[prompt].sum() > written or any(is_control[ids].any() for ids in responses):
-                texts = Dropped("control token in the text: once the tokenizer has normalised it")
+            chosen, rejected = ([*ids, end] for ids, end in zip(responses, ends))
+            cut = (len(chosen) > room) + (len(rejected) > room)
+            pair = Pair(np.array(prompt, np.int32), np.array(chosen[:max(room, 0)], np.int32),
+                        np.array(rejected[:max(room, 0)], np.int32), f"{path}:{row}")
+            written = len(tokenizer.control.findall(text))      # the template's own control tokens
+            if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > written:
+                outcome = Dropped("control token in the text: it appears as the tokenizer normalises")
             elif len(prompt) > max_prompt_length:
-                texts = Dropped(f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}")
+                outcome = Dropped(f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}")
             elif room < 1:
-                texts = Dropped(f"prompt fills the context: {len(prompt)} tokens of {max_length}")
-            elif np.array_equal(chosen, rejected):
-                texts = Dropped("equal responses after the cut" if cut else "equal responses")
+                outcome = Dropped(f"prompt fills the context: {len(prompt)} tokens of {max_length}")
+            elif np.array_equal(pair.chosen, pair.rejected):
+                outcome = Dropped("equal responses" + " after the cut" * bool(cut))
             else:
-                texts = Pair(prompt, chosen, rejected, f"{path}:{row}")
-        kept = isinstance(texts, Pair)
-        outcomes.append((path, row, texts, cut * kept, apart * kept))
+                outcome = pair
+        kept = isinstance(outcome, Pair)
+        outcomes.append((path, row, outcome, cut * kept, apart * kept))
     return outcomes
 
 
@@ -627,14 +609,14 @@ def collate(pairs, share_prompt=True):
     >>> pack.predictors.tolist(), pack.targets.tolist()
     ([1, 2, 1, 5, 5, 7], [3, 4, 5, 7, 8, 9])
 
-    With share_prompt=False the prompt is stored for each response, `keys` is every row once and `shared` is empty.
+    With share_prompt=False the prompt is stored for each response, `keys` is every row, `shared` is empty.
     """
     tokens, positions, cu_q, cu_k, keys, first, shared, second, predictors, targets = ([] for _ in range(10))
     row = key = 0
     for prompt, chosen, rejected, _ in pairs:
         P, C, R = len(prompt), len(chosen), len(rejected)
-        own = P if share_prompt else 0                                              # second segment's first own row
-        segment_w = np.arange(row, row + P + C)                                     # [P + C] rows
+        own = P if share_prompt else 0              # where the second segment's own rows begin
+        segment_w = np.arange(row, row + P + C)     # [P + C] rows
         row += P + C
         segment_l = np.concatenate([segment_w[:own], np.arange(row, row + P + R - own)])  # [P + R] rows
         tokens += [prompt, chosen, prompt[own:], rejected]
@@ -658,12 +640,12 @@ def collate(pairs, share_prompt=True):
 
 
 def deal(lengths, world_size, micro_tokens):
-    """Deals the pairs of one optimiser step to ranks and micro-batches: [rank][micro-batch] -> indices of `lengths`.
+    """Deals an optimiser step's pairs to ranks and micro-batches: [rank][micro-batch] -> indices of `lengths`.
 
-    lengths: tokens of each pair. Longest first, each to the least loaded of world_size * m micro-batches (Graham's
-    LPT rule), with the smallest m for which each holds micro_tokens at most; a longer pair stands alone. All ranks
-    get m, since their collectives must match; some micro-batches may be empty. The k-th of all ranks are of like
-    size, so that no rank waits, and the fuller ones go to the ranks that have less so far.
+    lengths: tokens of each pair. Longest first, each to the least loaded of world_size * m micro-batches
+    (Graham's LPT rule), with the smallest m for which each holds micro_tokens at most; a longer pair stands
+    alone. All ranks get m, since their collectives must match; some micro-batches may be empty. The k-th of
+    all ranks are of like size, so that no rank waits, and the fuller go to the ranks that have less so far.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     least = sum(min(length, micro_tokens) for length in lengths)
@@ -689,9 +671,9 @@ def deal(lengths, world_size, micro_tokens):
 
 
 def epoch_order(count, seed, epoch):
-    """The order in which an epoch reads `count` pairs: [count] int64. RandomState's stream is frozen across numpys."""
+    """The order in which an epoch reads `count` pairs: [count] int64."""
     stream = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
-    return np.random.RandomState(stream).permutation(count)
+    return np.random.RandomState(stream).permutation(count)     # numpy never changes RandomState's draws
 
 
 def fingerprint(pairs):

@@ -1,9 +1,9 @@
 """Renders chat templates, which strangers wrote, in a process of its own with limits on memory and time.
 
-data.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"}, answered
-by {}; then {"prompt": messages, "replies": [text]}, answered by {"texts": [prompt with the generation prompt, then
-the conversation with each reply]}. Else {"row": why} where the template fails on this row, {"template": why} where
-it must not be used at all; a template that takes too long ends the process by SIGPROF, and too much memory may.
+data.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"},
+answered by {}; then {"prompt": messages, "replies": [text]}, answered by {"texts": [prompt with generation
+prompt, then the conversation with each reply]}. Else {"row": why} where the template fails on this row,
+{"template": why} where it must not be used at all. Taking too long ends the process by SIGPROF.
 """
 import datetime
 import importlib.metadata
@@ -22,7 +22,7 @@ TODAY = datetime.datetime(2024, 7, 26)
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's text for trainers that mask by it; here it only scopes, as there."""
+    """{% generation %} marks the assistant's text for trainers that mask by it; here it is a scope."""
     tags = {"generation"}
 
     def parse(self, parser):
@@ -65,7 +65,8 @@ def raise_exception(message):
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 def compile_template(source):
@@ -93,7 +94,8 @@ def answer(job, template, tokens):
     except (MemoryError, jinja2.exceptions.SecurityError):
         raise
     except Exception as error:
-        return {"row": str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"}
+        kind = "" if isinstance(error, jinja2.TemplateError) else type(error).__name__ + ": "
+        return {"row": f"{kind}{error}"}
     return {"texts": texts}
 
 
@@ -126,6 +128,6 @@ def main():
 if __name__ == "__main__":
     version = importlib.metadata.version("jinja2")
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 1, 6):
-        print(json.dumps({"template": f"jinja2 {version} has known ways out of its sandbox: pip install -U jinja2"}))
+        print(json.dumps({"template": f"jinja2 {version} has known holes in its sandbox; pip install -U jinja2"}))
     else:
         main()
