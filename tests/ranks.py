@@ -1,12 +1,27 @@
 """Several ranks of train.py on this machine, forked from a server that has torch imported already: quick to start."""
 
+import gc
 import multiprocessing
 import os
+import pathlib
 import socket
 import sys
+from multiprocessing import forkserver
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train"])
+
+
+def start_server():
+    """Starts the server, once. Python before 3.11.9 does not tell it sys.path, and it passes over what it cannot
+    import: each rank would import torch anew, for seconds."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).resolve().parent.parent)
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
 
 
 def free_port():
@@ -22,6 +37,7 @@ def _rank(rank, world, port, arguments, log, fault):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    gc.freeze()     # the collector need not walk through torch again
     import torch
 
     import train
@@ -35,6 +51,7 @@ def _rank(rank, world, port, arguments, log, fault):
 
 def start(world, arguments, log, fault=None):
     """Starts the ranks and returns their processes. fault: a module-level function of the rank, called first."""
+    start_server()
     port = free_port()
     processes = [SERVER.Process(target=_rank, args=(rank, world, port, arguments, str(log), fault))
                  for rank in range(world)]
