@@ -1,8 +1,9 @@
 """The options of train.py: one table from which flags, TOML keys, checks, --help and config.toml are made.
 
-Each field of `Options` is one option. Its flag is the name with dashes (`max_length` is `--max-length`), its key in
-a TOML file is the name itself. What is given on the command line wins over the --config file, which wins over the
-defaults; where no model is named, the bundled one's own recipe stands between the defaults and the --config file.
+Each field of `Options` is one option. Its flag is the name with dashes (`max_length` is `--max-length`), its
+key in a TOML file is the name itself. What is given on the command line wins over the --config file, which
+wins over the defaults; where no model is named, the bundled one's own recipe stands between the defaults and
+the --config file.
 
 Nothing here needs torch: `python train.py --help` answers at once.
 """
@@ -28,10 +29,11 @@ GROUPS = {
     "Model": "Three models share one tokenizer: the reference (--model), the policy that starts as its copy, "
              "and a guide. Each is a Hugging Face directory or a Hub id.",
     "Data": "Preference pairs: a prompt, a chosen and a rejected answer. README.md shows a row of each form.",
-    "Loss": "tgdpo weighs every token's reward by what the guide says of it; dpo and simpo are the baselines.",
+    "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",
     "Output": "What a run leaves, and where.",
-    "Checkpoints": "Written at the end and on SIGTERM, SIGINT or SIGUSR1 as well; a second signal stops at once.",
+    "Checkpoints": "Also written at the end, and on a signal: SIGTERM and SIGINT then end the run, a second "
+                   "one at once; after SIGUSR1 it goes on.",
     "Machine": "These change speed and memory, not the method. The defaults look at the device.",
 }
 # What a loss does not read. Given all the same, it is an error: the user expects an effect that never comes.
@@ -65,7 +67,8 @@ def _option(group, metavar, help, default, shown=None, **limits):
     shown: the default in words, where it is decided later; it then stands in --help for the value.
     """
     return dataclasses.field(
-        default=default, metadata={"group": group, "metavar": metavar, "help": help, "shown": shown, **limits})
+        default=default,
+        metadata={"group": group, "metavar": metavar, "help": help, "shown": shown, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +76,17 @@ class Options:
     """Every option of train.py with its type and default. None: not set, or left to the device."""
 
     model: str | None = _option(
-        "Model", "DIR|ID", "the reference; the policy starts from it. A directory, org/name or org/name@revision",
-        None, "the bundled tiny model")
+        "Model", "DIR|ID", "the reference; the policy starts from it. A directory, org/name or "
+        "org/name@revision", None, "the bundled tiny model")
     guide: str | None = _option(
-        "Model", "DIR|ID", "a guide that is already trained. Without one, a first stage trains it with DPO and keeps "
-        "it as OUT/guide", None, "none")
+        "Model", "DIR|ID", "a guide that is already trained. Without one, a first stage trains it with DPO "
+        "and keeps it as OUT/guide", None, "none")
     chat_template: str | None = _option(
         "Model", "FILE", "a jinja chat template, for tokenizers that have none", None, "the tokenizer's own")
 
     data: tuple[str, ...] = _option(
-        "Data", "FILE|ID", "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split",
-        (), "the bundled pairs")
+        "Data", "FILE|ID", "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or "
+        "org/name:split", (), "the bundled pairs")
     eval_data: tuple[str, ...] = _option(
         "Data", "FILE|ID", "pairs to evaluate on, never trained on",
         (), "the bundled held-out pairs with the bundled pairs, else none")
@@ -93,13 +96,16 @@ class Options:
     max_prompt_length: int | None = _option(
         "Data", "N", "longest prompt, in tokens; a pair with a longer one is dropped", None,
         "1800, or in proportion where --max-length is below 2048", least=1)
-    skip_bad_rows: bool = _option("Data", None, "drop and count rows that cannot be read, instead of stopping", False)
+    skip_bad_rows: bool = _option(
+        "Data", None, "drop and count rows that cannot be read, instead of stopping", False)
 
     loss: str = _option("Loss", None, "what is minimised", "tgdpo", choices=("tgdpo", "dpo", "simpo"))
     beta: float | None = _option(
-        "Loss", "X", "strength of the pull to the reference; SimPO's scale", None, "0.1, with simpo 2.5", above=0)
+        "Loss", "X", "strength of the pull to the reference; SimPO's scale", None, "0.1, with simpo 2.5",
+        above=0)
     alpha: float | None = _option(
-        "Loss", "X", "how much the guide shapes the reward of a token; 0 is DPO (tgdpo only)", None, "0.5", least=0)
+        "Loss", "X", "how much the guide shapes the reward of a token; 0 is DPO (tgdpo only)", None, "0.5",
+        least=0)
     gamma: float | None = _option(
         "Loss", "X", "SimPO's margin itself, not its ratio to beta (simpo only)", None, "1.375", least=0)
     guide_beta: float | None = _option(
@@ -111,9 +117,11 @@ class Options:
     warmup_ratio: float = _option(
         "Optimiser", "X", "share of the steps in which the learning rate rises", 0.1, least=0, most=1)
     schedule: str = _option(
-        "Optimiser", None, "the learning rate after the warm-up", "cosine", choices=("cosine", "linear", "constant"))
+        "Optimiser", None, "the learning rate after the warm-up", "cosine",
+        choices=("cosine", "linear", "constant"))
     weight_decay: float = _option("Optimiser", "X", "AdamW's weight decay", 0.0, least=0)
-    max_grad_norm: float = _option("Optimiser", "X", "longer gradients are scaled down to this norm", 1.0, above=0)
+    max_grad_norm: float = _option(
+        "Optimiser", "X", "longer gradients are scaled down to this norm", 1.0, above=0)
     seed: int = _option("Optimiser", "N", "orders the pairs; two runs with one seed are the same", 0, least=0)
 
     out: str | None = _option(
@@ -131,14 +139,17 @@ class Options:
         "Checkpoints", "N", "steps between checkpoints; 0: only at the end and on a signal", 100, least=0)
     keep: int = _option("Checkpoints", "N", "how many of the newest complete checkpoints stay", 2, least=1)
     resume: bool = _option(
-        "Checkpoints", None, "go on from the newest complete checkpoint of --out, or start where there is none", False)
-    overwrite: bool = _option("Checkpoints", None, "remove what an earlier run left in --out, then start", False)
+        "Checkpoints", None, "go on from the newest complete checkpoint of --out, or start where there is "
+        "none", False)
+    overwrite: bool = _option(
+        "Checkpoints", None, "remove what an earlier run left in --out, then start", False)
 
     dtype: str = _option(
-        "Machine", None, "type the models compute in; weights, log-probs and the loss stay float32. auto: bfloat16 on "
-        "CUDA, float32 on CPU", "auto", choices=("auto", "float32", "bfloat16"))
+        "Machine", None, "type the models compute in; weights, log-probs and the loss stay float32. auto: "
+        "bfloat16 on CUDA, float32 on CPU", "auto", choices=("auto", "float32", "bfloat16"))
     micro_tokens: int = _option(
-        "Machine", "N", "tokens a rank puts through the model at once; 0: as many as memory allows", 0, least=0)
+        "Machine", "N", "tokens a rank puts through the model at once; 0: as many as memory allows", 0,
+        least=0)
     activation_checkpointing: str = _option(
         "Machine", None, "recompute activations in the backward pass to save memory", "auto",
         choices=("auto", "none", "selective", "full"))
@@ -172,7 +183,7 @@ def resolve(argv):
 
     argv: list of strings, without the program's name. `--help` prints and raises SystemExit(0).
     Paths become absolute, so that the saved options work from another directory.
-    Raises BadOption for an unknown name, a value out of range, a contradiction, or a file that cannot be read.
+    Raises BadOption: an unknown name, a value out of range, a contradiction, a file that cannot be read.
     """
     given, config = _read_flags(argv)
     settings = read_toml(config) if config else {}
@@ -196,7 +207,8 @@ def resolve(argv):
     chosen.setdefault("name", loss)
     max_length = chosen.get("max_length", FIELDS["max_length"].default)
     chosen.setdefault("max_prompt_length", max(1, min(1800, max_length * 1800 // 2048)))
-    if config and "out" not in chosen and (chosen.get("resume") or chosen.get("overwrite")) and _is_saved(config):
+    returns = chosen.get("resume") or chosen.get("overwrite")
+    if config and returns and "out" not in chosen and _is_saved(config):
         chosen["out"] = os.path.dirname(os.path.abspath(config))
 
     for name in ("model", "guide"):
@@ -221,7 +233,7 @@ def answer_early(argv):
 
 
 def answer_early(argv):
-    """For the first lines of a script, before its slow imports: --help and bad options end the program here."""
+    """For the first lines of a script, before its slow imports: --help and bad options end it here."""
     try:
         resolve(argv)
     except BadOption as error:
@@ -231,7 +243,7 @@ def answer_early(argv):
 
 
 def to_toml(options):
-    """Options -> the text of config.toml, which read_toml takes back: a group a paragraph, unset options left out."""
+    """Options -> the text of config.toml, which read_toml takes back. What is not set is left out."""
     lines, group = [SAVED], None
     for name, field in FIELDS.items():
         value = getattr(options, name)
@@ -249,11 +261,12 @@ def read_toml(path):
     settings = {}
     for key, value in _load_toml(path).items():
         name = key.replace("-", "_")
-        where = f"{_shown(path)}: {name} = {_shown(value)}"
+        file = _shown(path)
         if name not in FIELDS:
-            raise BadOption(f"{_shown(path)}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
+            raise BadOption(f"{file}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
         if name in settings:
-            raise BadOption(f"{_shown(path)}: {name} is given twice, with dashes and with underscores; keep one")
+            raise BadOption(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
+        where = f"{file}: {name} = {_shown(value)}"
         settings[name] = _check(name, _from_toml(name, value, where), where)
     return settings
 
@@ -280,7 +293,7 @@ def _load_toml(path):
 
 
 def _from_toml(name, value, where):
-    """Refuses a value of another type than the option's; a whole number serves as a float, a string as a list."""
+    """The value, if of the option's type; a whole number serves as a float, a string as a list."""
     kind = KINDS[name]
     if kind is tuple:
         values = value if isinstance(value, list) else [value]
@@ -305,13 +318,15 @@ def parser():
     made = _Parser(
         prog="train.py", usage="python train.py [options]", allow_abbrev=False, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        description="Trains a language model on preference pairs with TGDPO: Direct Preference Optimization whose\n"
-                    "token-level reward is guided by a second model. With no options it runs the bundled example.")
+        description="Trains a language model on preference pairs with TGDPO: Direct Preference Optimization\n"
+                    "whose token-level reward is guided by a second model. With no options it runs the\n"
+                    "bundled example.")
     made.add_argument("--config", metavar="FILE.toml", help="read options from this file; flags override it")
-    groups = {title: made.add_argument_group(title, textwrap.fill(text, 76)) for title, text in GROUPS.items()}
+    groups = {title: made.add_argument_group(title, textwrap.fill(text, 76))
+              for title, text in GROUPS.items()}
     for name, field in FIELDS.items():
         default = field.metadata["shown"] or ("no" if field.default is False else field.default)
-        details = {"help": f"{field.metadata['help']} [{default}]".replace("%", "%%")}
+        details = {"help": f"{field.metadata['help']} [{default}]"}
         if KINDS[name] is bool:
             details["action"] = argparse.BooleanOptionalAction
         else:
@@ -331,9 +346,11 @@ def _read_flags(argv):
         if word.startswith("-"):
             flags = [flag for action in made._actions for flag in action.option_strings]
             flag = word.split("=")[0]
-            raise BadOption(f"unknown option {_shown(flag)}; the nearest is {_nearest(flag, flags)} (--help lists all)")
+            near = _nearest(flag, flags)
+            raise BadOption(f"unknown option {_shown(flag)}; the nearest is {near} (--help lists all)")
     if unknown:
-        raise BadOption(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
+        raise BadOption(
+            f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
     given = {}
     for name, value in vars(known).items():
         if name == "config":
@@ -401,15 +418,16 @@ def _check_text(text, where):
 def _refuse_contradictions(chosen, loss):
     for name in IGNORED[loss]:
         if name in chosen:
-            raise BadOption(f"--{name.replace('_', '-')} {chosen[name]}: --loss {loss} has no use for it; leave it out")
+            flag = "--" + name.replace("_", "-")
+            raise BadOption(f"{flag} {chosen[name]}: --loss {loss} has no use for it; leave it out")
     longest = chosen.get("max_length", FIELDS["max_length"].default)
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
         raise BadOption(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
     if chosen.get("resume") and chosen.get("overwrite"):
-        raise BadOption("--resume and --overwrite: one goes on with the earlier run, the other removes it; give one")
+        raise BadOption("--resume and --overwrite: one goes on with a run, the other removes it; give one")
     if chosen.get("eval_data") and chosen.get("eval_fraction"):
-        raise BadOption("--eval-data and --eval-fraction: the fraction is for runs without evaluation data; give one")
+        raise BadOption("--eval-data and --eval-fraction: the fraction is for runs without it; give one")
 
 
 def _carry(settings, loss):
@@ -417,7 +435,8 @@ def _carry(settings, loss):
     own = settings.get("loss", "tgdpo")
     if own == loss:
         return settings
-    dropped = IGNORED[loss] + (("beta",) if "simpo" in (own, loss) else ())  # SimPO's beta is on another scale
+    # SimPO's beta is on another scale.
+    dropped = IGNORED[loss] + (("beta",) if "simpo" in (own, loss) else ())
     return {name: value for name, value in settings.items() if name not in dropped}
 
 
@@ -438,7 +457,8 @@ def _nearest(word, known):
 
 def _shown(value):
     """A value as an error line shows it: short, and with control characters written out."""
-    text = value if isinstance(value, str) else repr(value).lower() if isinstance(value, bool) else repr(value)
+    text = value if isinstance(value, str) else repr(value)
+    text = text.lower() if isinstance(value, bool) else text
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if text.strip() and text.isprintable() else _toml_value(text)
 

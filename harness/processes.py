@@ -1,9 +1,9 @@
-"""One run, several processes: starting and stopping them, what rank 0 does for all, signals, the output directory.
+"""A run's processes: their start and end, what rank 0 does for all, signals, the output directory.
 
-Under torchrun, Ctrl-C and SIGTERM reach only the agent, which passes them on to every worker and kills those that
-still run 30 seconds later: `torchrun --shutdown-timeout 600 …` (TORCH_ELASTIC_SHUTDOWN_TIMEOUT before torch 2.13)
-gives a large checkpoint its time. SIGUSR1 kills the agent itself and reaches no worker, unless the agent is told:
-`torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 …`.
+Under torchrun, Ctrl-C and SIGTERM reach only the agent, which passes them on to every worker and kills those
+that still run 30 seconds later: `torchrun --shutdown-timeout 600 …` (TORCH_ELASTIC_SHUTDOWN_TIMEOUT before
+torch 2.13) gives a large checkpoint its time. SIGUSR1 kills the agent itself and reaches no worker, unless
+the agent is told: `torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 …`.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ import torch.distributed as dist
 
 from harness.options import BadOption
 
-PATIENCE = datetime.timedelta(days=7)   # rank 0 may read data or fetch a model for hours while the others wait
-REPEAT = 1.0                            # seconds in which the same Ctrl-C may arrive twice, by terminal and by agent
+PATIENCE = datetime.timedelta(days=7)   # the others wait while rank 0 reads data or fetches a model for hours
+REPEAT = 1.0                            # seconds in which one Ctrl-C may arrive twice, by terminal and agent
 GRACE = 10.0                            # seconds beyond its own time that torch gets to notice it
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-RESULTS = ("config.toml", "run.json", "metrics.jsonl", "dropped.jsonl", "tokens.jsonl", "samples.json", "report.html",
-           "checkpoints", "guide", "policy")
+RESULTS = ("config.toml", "run.json", "metrics.jsonl", "dropped.jsonl", "tokens.jsonl", "samples.json",
+           "report.html", "checkpoints", "guide", "policy")
 _held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
 
 
@@ -57,11 +57,11 @@ class Ranks(typing.NamedTuple):
 def start(timeout_minutes, device=None):
     """Joins the process group of torchrun, or makes one of this process alone. -> Ranks
 
-    device: "cpu" or "cuda"; None takes CUDA where there is any. On CUDA the process gets the GPU of its LOCAL_RANK.
-    timeout_minutes bounds the wait for the other ranks, here and in every collective.
-    Raises BadOption where the environment is incomplete, the port is taken, a GPU is missing, or nobody else comes.
+    device: "cpu" or "cuda"; None takes CUDA where there is any. On CUDA the process gets the GPU of its
+    LOCAL_RANK. timeout_minutes bounds the wait for the other ranks, here and in every collective.
+    Raises BadOption: an incomplete environment, a port in use, a missing GPU, or nobody else comes.
     """
-    for stream in (0, 1, 2):    # where one is closed, the next file opened would take its number and get its text
+    for stream in (0, 1, 2):    # where one is closed, the next file opened would get its number and its text
         try:
             os.fstat(stream)
         except OSError:
@@ -71,7 +71,8 @@ def start(timeout_minutes, device=None):
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     alone = "RANK" not in os.environ
     if alone and world > 1:
-        raise BadOption(f"WORLD_SIZE is {world} but RANK is not set: start with torchrun, or unset WORLD_SIZE")
+        raise BadOption(
+            f"WORLD_SIZE is {world} but RANK is not set: start with torchrun, or unset WORLD_SIZE")
     if not 0 <= rank < world:
         raise BadOption(f"RANK is {rank} but WORLD_SIZE is {world}: start with torchrun, or unset RANK")
     where = torch.device(kind)
@@ -95,7 +96,8 @@ def start(timeout_minutes, device=None):
 def _join(group, timeout_minutes):
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise BadOption(f"RANK is set but {missing[0]} is not: start with torchrun, or unset RANK to run alone")
+        raise BadOption(
+            f"RANK is set but {missing[0]} is not: start with torchrun, or unset RANK to run alone")
     host, port = os.environ["MASTER_ADDR"], _from_environment("MASTER_PORT", 0)
     nobody = BadOption(
         f"rank {group['rank']} of {group['world_size']} found no complete group at {host}:{port} within "
@@ -139,14 +141,14 @@ def _from_environment(name, default):
 
 
 def stop():
-    """Leaves the process group, gives the output directory free and the signals back. May be called at any time."""
+    """Leaves the process group, gives the output directory free and the signals back. Works at any time."""
     _held.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first(work):
-    """Rank 0 does `work()`; every rank returns its result, or raises its error. The others wait as long as it takes.
+    """Rank 0 does `work()`; every rank returns its result, or raises its error. The others wait for it.
 
     The result is pickled on its way from rank 0 to the others: processes of one run trust each other.
     """
@@ -154,10 +156,10 @@ def first(work):
 
 
 def together(work, otherwise):
-    """Rank 0 does `work()` while the others do `otherwise()`, which holds the other end of work's collectives.
+    """Rank 0 does `work()`, the others `otherwise()`: the other end of work's collectives. -> work's result
 
-    Where `work` fails half way, rank 0 goes on with `otherwise()`, so that nobody waits for it; then all ranks raise.
-    -> work's result, on every rank.
+    Where `work` fails half way, rank 0 goes on with `otherwise()`, so that nobody waits for it; then all
+    ranks raise its error.
     """
     if dist.get_world_size() == 1:
         return work()
@@ -192,16 +194,16 @@ def _portable(error):
 
 
 class Signals:
-    """SIGTERM and SIGINT: the first is noted, for the run to stop where it can be resumed; the second ends the process
-    at once, with status 128 + its number, wherever it is, in a collective that hangs too. SIGUSR1 is noted for the
-    run to save and go on.
+    """SIGTERM and SIGINT: the first is noted, for the run to stop where it can be resumed; the second ends
+    the process at once, with status 128 + its number, wherever it is, in a collective that hangs too. SIGUSR1
+    is noted for the run to save and go on.
 
-    As long as nobody has asked by `agreed`, there is nothing to save, and the first one ends the process as well.
-    A signal that comes again within a second of the first is the same Ctrl-C, sent by the terminal and the agent.
+    As long as nobody has asked by `agreed`, there is nothing to save, and the first one ends the process as
+    well. What comes within a second of the first is the same Ctrl-C, sent by the terminal and by the agent.
     """
 
     def __init__(self):
-        self.number, self._since, self._asked = 0, 0.0, False
+        self._seen, self._since, self._asked = set(), 0.0, False
         # Python runs a handler only between two bytecodes: never, while a collective hangs. The byte that the
         # interpreter's C handler writes here comes through at once, and a thread reads it.
         self._reader, self._writer = os.pipe()
@@ -213,13 +215,15 @@ class Signals:
     def _watch(self):
         while byte := os.read(self._reader, 1):
             number, now = byte[0], time.monotonic()
-            if number not in CAUGHT or self.number and now - self._since < REPEAT:
+            stopping = self._seen & {signal.SIGTERM, signal.SIGINT}
+            if number not in CAUGHT or stopping and now - self._since < REPEAT:
                 continue
             name = signal.Signals(number).name
-            if number != signal.SIGUSR1 and (self.number not in (0, signal.SIGUSR1) or not self._asked):
+            if number != signal.SIGUSR1 and (stopping or not self._asked):
                 _to_stderr(f"{name}: stopped at once")
                 os._exit(128 + number)
-            self.number, self._since = max(self.number, number), now
+            self._since = now
+            self._seen.add(number)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 _to_stderr(f"{name}: saving at the end of this step" if number == signal.SIGUSR1 else
                            f"{name}: stopping at the end of this step; a second one stops at once")
@@ -228,22 +232,20 @@ class Signals:
     def agreed(self):
         """The highest signal number any rank has seen, 0 for none; the same on all ranks. Collective."""
         self._asked = True
-        if dist.get_world_size() == 1:
-            return self.number
-        highest = torch.tensor(self.number)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        highest = torch.tensor(max(self._seen, default=0))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
     def obey(self, number, state):
-        """Says that signal `number` was followed, with `state`, what is saved. SIGUSR1 lets the run go on, the others
-        end it: they raise Stopped."""
+        """Says that signal `number` was followed, with `state`, what is saved. SIGUSR1 lets the run go on,
+        the others end it: they raise Stopped."""
         ends = number != signal.SIGUSR1
         if dist.get_rank() == 0:
             _to_stderr(f"{signal.Signals(number).name}: {'stopped' if ends else 'going on'}; {state}")
         if ends:
             raise Stopped(number)
-        if self.number == number:
-            self.number = 0
+        self._seen.discard(number)
 
     def restore(self):
         """The handlers that were there before."""
@@ -260,10 +262,10 @@ def _to_stderr(line):
 
 
 def claim(options):
-    """The run's output directory: made, checked, cleared where --overwrite asks for it, locked. Collective. -> path
+    """The run's output directory: made, checked, locked, cleared for --overwrite. Collective. -> path
 
-    Without --out it is runs/NAME, runs/NAME-2, … : the first that is new, or with --resume or --overwrite the last
-    that is there. The lock lasts until stop() or the end of the process, whichever way it ends.
+    Without --out it is runs/NAME, runs/NAME-2, … : the first that is new, or with --resume or --overwrite the
+    last that is there. The lock lasts until stop() or the end of the process, whichever way it ends.
     Raises BadOption where it cannot be written, holds another run's results, or another run is at work in it.
     """
     return first(lambda: _claim(options))
@@ -273,7 +275,8 @@ def _claim(options):
     out = options.out
     try:
         if out is None:
-            out = _numbered(os.path.abspath(os.path.join("runs", options.name)), options.resume or options.overwrite)
+            path = os.path.abspath(os.path.join("runs", options.name))
+            out = _numbered(path, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
         _lock(out)
     except FileExistsError:
@@ -326,7 +329,7 @@ def _lock(out):
 
 
 def _clear(out, found, options):
-    """Removes an earlier run's results, and nothing else: the cache stays, its keys tell what it is good for."""
+    """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for."""
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
         for name in found:
             result = os.path.realpath(os.path.join(out, name))
@@ -341,11 +344,11 @@ def _clear(out, found, options):
 
 
 def need_space(path, size, what):
-    """Raises NoSpace unless the disk that holds `path` has `size` bytes free for `what`. path need not exist yet."""
+    """Raises NoSpace unless the disk of `path`, which need not exist yet, has `size` bytes for `what`."""
     path = os.path.abspath(path)
     while not os.path.exists(path):
         path = os.path.dirname(path)
     free = shutil.disk_usage(path).free
     if free < size:
-        raise NoSpace(f"the disk that holds {path} has {free / 1e9:.2f} GB free; {what} needs {size / 1e9:.2f} GB; "
-                      "free some, or give another --out")
+        raise NoSpace(f"the disk that holds {path} has {free / 1e9:.2f} GB free; {what} needs "
+                      f"{size / 1e9:.2f} GB; free some, or give another --out")

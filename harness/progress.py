@@ -12,8 +12,9 @@ TENTH, OFTEN, SELDOM = 0.1, 1.0, 60.0   # a plain line every tenth of the way, 1
 
 
 def say(text, rank=0):
-    """Prints a line (or several) on rank 0. Control, bidi and other invisible characters are written out, so that a
-    stranger's text cannot steer the terminal. A stdout that is closed or full silences the run; it never ends it."""
+    """Prints a line (or several) on rank 0. Control, bidi and other invisible characters are written out, so
+    that a stranger's text cannot steer the terminal. A stdout that is closed or full silences the run; it
+    never ends it."""
     if rank or sys.stdout is None:
         return
     text = "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
@@ -34,7 +35,7 @@ def words(figures):
 
 
 class Progress:
-    """How far a stage has come, of `total` units: a bar on rank 0's terminal, plain lines where there is none."""
+    """How far a stage has come, of `total` units: a bar on rank 0's terminal, or plain lines without one."""
 
     def __init__(self, total, title, rank=0, start=0):
         self.total, self.title, self.rank, self.start, self.done = total, title, rank, start, start
@@ -50,11 +51,8 @@ class Progress:
         self.done += count
         self.figures = figures or self.figures
         if self.bar is not None:
-            try:
-                self.bar.set_postfix_str(words(self.figures), refresh=False)
-                self.bar.update(count)
-            except OSError:     # the terminal is gone
-                self.bar = None
+            self.bar.set_postfix_str(words(self.figures), refresh=False)
+            self.bar.update(count)
             return
         now = time.monotonic()
         first = self.told_at is None
@@ -73,10 +71,7 @@ class Progress:
     def close(self):
         """Ends the bar, or prints the last line where it is not yet told."""
         if self.bar is not None:
-            try:
-                self.bar.close()
-            except OSError:
-                pass
+            self.bar.close()
         elif self.told_at != self.done:
             self._tell(time.monotonic())
 
@@ -98,9 +93,9 @@ class Metrics:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def keep_until(self, stage, step):
-        """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file ends up
-        as if the run had never stopped. The evaluation of `step` itself goes too, since it follows the checkpoint
-        and is done again. The file is replaced in one move."""
+        """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file
+        ends up as if the run had never stopped. The evaluation of `step` itself goes too, since it follows
+        the checkpoint and is done again. The file is replaced in one move."""
         if self.rank or not os.path.exists(self.path):
             return
         kept = []

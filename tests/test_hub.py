@@ -19,7 +19,8 @@ from harness.options import BadOption
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = {
     "config.json": b"config", "model.safetensors": b"weights", "tokenizer.json": b"pieces",
-    "chat_template.jinja": b"turns", "pytorch_model.bin": b"pickle", "modeling.py": b"program", "original/consolidated.safetensors": b"twice",
+    "chat_template.jinja": b"turns", "pytorch_model.bin": b"pickle", "modeling.py": b"program",
+    "original/consolidated.safetensors": b"twice",
     "consolidated.safetensors": b"twice",
 }
 SHARDS = {
@@ -43,11 +44,12 @@ configs:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """repos: {(kind, id): {revision: {path: bytes}}}; asked: every path that was requested."""
+    """repos: {(kind, id): {revision: {path: bytes}}}; asked: every path that was requested; listings: the
+    status of each listing of files that is asked for, the last one's for all further ones."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.repos, self.asked, self.gated = {}, [], set()
+        self.repos, self.asked, self.gated, self.listings = {}, [], set(), [200, 200]
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def fetched(self):
@@ -90,6 +92,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.send(200, {}, json.dumps(
                 {"id": repo, "sha": commit, "siblings": [{"rfilename": file} for file in files]}).encode())
         if api and what == "tree":
+            status = self.server.listings[0]
+            del self.server.listings[:len(self.server.listings) > 1]
+            if status != 200:
+                return self.send(status, {})
             return self.send(200, {}, json.dumps(
                 [{"type": "file", "path": file, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
                  for file, body in files.items()]).encode())
@@ -100,7 +106,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def send(self, status, headers, body=b""):
         self.send_response(status)
-        for key, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(body))}.items():
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -116,7 +123,8 @@ def server(monkeypatch, tmp_path):
     with Hub() as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        monkeypatch.setattr(constants, "ENDPOINT", made.url)  # HF_ENDPOINT, read when huggingface_hub is imported
+        # Both are made of HF_ENDPOINT when huggingface_hub is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", made.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -132,7 +140,8 @@ def contents(paths):
 def test_model_comes_without_pickles_programs_and_second_copies(server):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     directory = hub.model_directory("org/tiny")
-    assert sorted(os.listdir(directory)) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert set(os.listdir(directory)) == {
+        "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
     assert contents([directory + "/model.safetensors"]) == [b"weights"]
     assert server.fetched() == set(os.listdir(directory))
 
@@ -173,12 +182,13 @@ def test_dataset_split_by_readme(server):
 
 @pytest.mark.parametrize("files, split, expected", [
     (["pairs.jsonl"], "train", ["pairs.jsonl"]),
+    (["pairs.jsonl", "dataset_infos.json"], "train", ["pairs.jsonl"]),
     (["train.json", "train_extra.json"], "train", ["train.json"]),
     (["train/a.jsonl", "train/b.jsonl", "dev/a.jsonl"], "train", ["train/a.jsonl", "train/b.jsonl"]),
     (["my-train-1.jsonl", "my-test-1.jsonl", "restrained.jsonl"], "train", ["my-train-1.jsonl"]),
     (["train.jsonl", "a/train-0-of-2.parquet", "a/train-1-of-2.parquet"], "train",
      ["a/train-0-of-2.parquet", "a/train-1-of-2.parquet"]),
-    (["a.jsonl", "b.jsonl"], "train", "no data file of a split 'train'; its data files are: a.jsonl, b.jsonl"),
+    (["a.jsonl", "b.jsonl"], "train", "no data file of a split 'train'; its data files are: a.jsonl, b"),
     (["pairs.jsonl"], "test", "no data file of a split 'test'"),
     (["train.csv"], "train", "its data files are: none"),
 ])
@@ -191,7 +201,8 @@ def test_which_files_are_a_split(files, split, expected):
 
 
 def test_readme_with_several_configurations_is_refused():
-    readme = "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n- config_name: fr\n  data_files: fr.jsonl\n---\n"
+    readme = ("---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n"
+              "- config_name: fr\n  data_files: fr.jsonl\n---\n")
     with pytest.raises(BadOption, match="several configurations .en, fr."):
         hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], readme, "train")
     only = readme.split("- config_name: fr")[0] + "---\n"
@@ -219,6 +230,25 @@ def test_errors_are_one_line_with_the_mend(server, call, name, message):
     with pytest.raises(BadOption, match=message) as caught:
         call(name)
     assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("listings, message", [
+    ([403], r"the Hub refuses access \(403\); log in with `hf auth login` or set a valid HF_TOKEN"),
+    ([410], r"the Hub answered 410; try again later, or give its files"),
+    ([200, 403], r"the Hub refuses access \(403\)"),
+])
+def test_a_hub_that_refuses_or_fails(server, listings, message):
+    server.repos["datasets", "org/pairs"] = {"main": SHARDS}
+    server.listings = listings
+    with pytest.raises(BadOption, match=message):
+        hub.data_files("org/pairs")
+
+
+def test_a_cache_that_cannot_be_written(server, monkeypatch):
+    server.repos["models", "org/tiny"] = {"main": MODEL}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/none")
+    with pytest.raises(BadOption, match="be kept in the Hub cache: No such file or directory: /proc/none"):
+        hub.model_directory("org/tiny")
 
 
 def test_without_network_the_cache_serves(server, monkeypatch):

@@ -30,13 +30,15 @@ def environment(rank, world, port):
 
 
 class Group:
-    """`world` forked ranks that run work(ranks, pipe); `pipes` and `codes()` are the parent's view of them."""
+    """`world` forked ranks that run work(ranks, pipe); `pipes` and `codes()` are the parent's view of
+    them."""
 
     def __init__(self, world, work, minutes=0.2):
         port, self.ranks, self.pipes = free_port(), [], []
         for rank in range(world):
             ours, theirs = FORK.Pipe()
-            process = FORK.Process(target=self.run, args=(rank, world, port, work, theirs, minutes))
+            process = FORK.Process(
+                target=self.run, args=(rank, world, port, work, theirs, minutes), daemon=True)
             process.start()
             self.ranks.append(process)
             self.pipes.append(ours)
@@ -121,8 +123,8 @@ def test_a_rank_without_the_others_ends_in_time_with_one_line(monkeypatch, capfd
     for name, value in environment(rank, 2, port).items():
         monkeypatch.setenv(name, value)
     began = time.monotonic()
-    with pytest.raises(BadOption, match=f"rank {rank} of 2 found no complete group at 127.0.0.1:{port} within 0.01 "
-                                        "minutes: start all ranks with torchrun, or unset RANK"):
+    with pytest.raises(BadOption, match=f"rank {rank} of 2 found no complete group at 127.0.0.1:{port} "
+                                        "within 0.01 minutes: start all ranks with torchrun, or unset RANK"):
         processes.start(0.01, "cpu")
     assert time.monotonic() - began < 5 and capfd.readouterr().err == ""
 
@@ -146,14 +148,14 @@ def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
         def join():
             os.environ |= environment(1, 2, silent.getsockname()[1])
             processes.start(0.01, "cpu")
-        lost = FORK.Process(target=join)
+        lost = FORK.Process(target=join, daemon=True)
         lost.start()
         lost.join(10)
         assert lost.exitcode == 2
     assert "train.py: error: rank 1 of 2 found no complete group" in capfd.readouterr().err
 
 
-# ------------------------------------------------------------------------------------ what rank 0 does for all
+# ---------------------------------------------------------------------------------- what rank 0 does for all
 
 def test_first_gives_every_rank_rank_0s_result_or_error(group):
     class Unpicklable(Exception):
@@ -212,12 +214,12 @@ def test_together_goes_on_for_the_others_where_rank_0_fails_half_way(group):
 # ------------------------------------------------------------------------------------------------ signals
 
 def steps(ranks, pipe):
-    """A training loop: steps of 10 ms until a signal is agreed on."""
+    """A training loop: steps of 50 ms until a signal is agreed on."""
     ranks.signals.agreed()
     pipe.send(os.getpid())
     step = 0
     while not (number := ranks.signals.agreed()):
-        time.sleep(0.01)
+        time.sleep(0.05)
         step += 1
     pipe.send((signal.Signals(number).name, step))
     ranks.signals.obey(number, f"step {step} is saved")
@@ -247,13 +249,23 @@ def test_sigusr1_saves_and_goes_on(group, capfd):
     assert ranks.told()[0][0] == "SIGTERM" and ranks.codes() == [143, 143]
 
 
-def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group):
+def test_a_stop_just_after_a_save_is_not_lost(group):
+    ranks = group(1, steps)
+    pid, = ranks.told()
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert ranks.codes() == [143]
+
+
+def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group, capfd):
     ranks = group(1, steps)
     pid, = ranks.told()
     for _ in range(3):
         os.kill(pid, signal.SIGINT)
         time.sleep(0.002)
     assert ranks.told()[0][0] == "SIGINT" and ranks.codes() == [130]
+    assert "SIGINT: stopped; step" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -283,7 +295,10 @@ def test_before_there_is_anything_to_save_the_first_signal_ends_at_once(group):
         time.sleep(60)
 
     ranks = group(1, load)
-    os.kill(ranks.told()[0], signal.SIGTERM)
+    pid, = ranks.told()
+    os.kill(pid, signal.SIGUSR1)    # asks for a checkpoint, not for an end
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGTERM)
     assert ranks.codes() == [143]
 
 
@@ -323,8 +338,8 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (out / "guide").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BadOption, match=r"holds another run's results \(metrics.jsonl, checkpoints, guide, policy\); "
-                                        "give --resume, --overwrite or another"):
+    with pytest.raises(BadOption, match=r"holds another run's results \(metrics.jsonl, checkpoints, guide, "
+                                        r"policy\); give --resume, --overwrite or another"):
         processes.claim(wanted(out))
     processes.stop()
     processes.start(1, "cpu")
@@ -381,7 +396,7 @@ def test_no_write_permission(alone, tmp_path):
     if root:
         os.seteuid(65534)       # root may write everywhere
     try:
-        with pytest.raises(BadOption, match="--out .*/closed: cannot be written: Permission denied; give another"):
+        with pytest.raises(BadOption, match="--out .*/closed: cannot be written: Permission denied; give"):
             processes.claim(wanted(tmp_path / "closed"))
     finally:
         if root:
@@ -405,7 +420,7 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
 
 def test_space_is_asked_for_in_those_words(tmp_path):
     processes.need_space(tmp_path / "not" / "yet", 1000, "checkpoint")
-    with pytest.raises(processes.NoSpace, match=rf"the disk that holds {tmp_path} has [\d.]+ GB free; the checkpoint "
-                                                r"needs 1000000000.00 GB") as caught:
+    with pytest.raises(processes.NoSpace, match=rf"the disk that holds {tmp_path} has [\d.]+ GB free; the "
+                                                r"checkpoint needs 1000000000.00 GB") as caught:
         processes.need_space(tmp_path / "not" / "yet", 10**18, "the checkpoint")
     assert isinstance(caught.value, OSError) and str(caught.value).startswith("the disk")

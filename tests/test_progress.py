@@ -60,7 +60,7 @@ def test_plain_lines_at_the_first_the_last_and_every_tenth(capsys, clock):
         bar.advance(loss=0.5, accuracy=0.75)
     bar.close()
     told = lines_of(capsys)
-    assert [line.split()[1] for line in told] == [f"{n}/100" for n in (1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100)]
+    assert [line.split()[1] for line in told] == [f"{n}/100" for n in (*range(1, 100, 10), 100)]
     assert told[1] == "tgdpo 11/100  loss 0.5000  accuracy 75.0%  0:02:58 left"
     assert told[-1] == "tgdpo 100/100  loss 0.5000  accuracy 75.0%"
 
@@ -123,7 +123,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     bar = Progress(4, "tgdpo")
     terminal.gone = True
     for _ in range(4):
-        bar.bar and setattr(bar.bar, "last_print_t", 0)     # as if it were long since the bar was drawn
+        bar.bar.last_print_t = 0     # as if it were long since the bar was drawn
         bar.advance()
     bar.close()
 
@@ -160,10 +160,12 @@ def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path):
     for path in (whole, stopped):
         path.write_text('{"stage": "dpo", "step": 1}\n{"stage": "dpo", "step": 9}\n')
     train(whole, 0, 5)
-    train(stopped, 0, 4)
-    with open(stopped, "a") as file:
-        file.write('{"stage": "tgdpo", "step": 5, "lo')     # killed in the middle of a line
-    for checkpoint in (2, 3, 0):
+    assert [row["step"] for row in rows(whole)] == [1, 9, 1, 2, 2, 3, 4, 4, 5]
+    train(stopped, 0, 3)
+    killed = '{"stage": "tgdpo", "step": 4, "lo', '{"stage": "tgdpo", "step": 5}', "", ""
+    for checkpoint, cut in zip((3, 5, 2, 0), killed):
+        with open(stopped, "a") as file:
+            file.write(cut)     # the middle of a line, or all but its end
         train(stopped, checkpoint, 5)
         assert stopped.read_bytes() == whole.read_bytes(), checkpoint
     assert sorted(os.listdir(tmp_path)) == ["stopped.jsonl", "whole.jsonl"]
@@ -171,7 +173,8 @@ def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path):
 
 def test_metrics_of_an_earlier_stage_that_starts_again_take_the_later_ones_along(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "dpo", "step": 1}\n{"stage": "dpo", "step": 2}\n{"stage": "tgdpo", "step": 1}\n')
+    path.write_text('{"stage": "dpo", "step": 1}\n{"stage": "dpo", "step": 2}\n'
+                    '{"stage": "tgdpo", "step": 1}\n')
     Metrics(path, rank=1).keep_until("dpo", 0)
     assert len(rows(path)) == 3
     Metrics(path).keep_until("dpo", 1)
