@@ -16,7 +16,8 @@ import math
 import os
 import shutil
 import stat
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 
 import torch
@@ -304,6 +305,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.compiled = False           # whether the log-probs' passes over the logits are compiled
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -324,7 +326,8 @@ class CausalLM(nn.Module):
             x = layer(x, cos, sin, pack)
         x = self.model.norm(x)
         if pack is not None:
-            return token_log_probs(x[0].index_select(0, pack.predictors), self.head, pack.targets)      # [R]
+            hidden = x[0].index_select(0, pack.predictors)                                      # [R, C]
+            return token_log_probs(hidden, self.head, pack.targets, self.compiled)              # [R]
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last]                                  # [B, C]
         return F.linear(x, self.head)
@@ -357,11 +360,12 @@ def token_log_probs_plain(hidden, weight, targets):
     return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def token_log_probs(hidden, weight, targets):
+def token_log_probs(hidden, weight, targets, compiled=False):
     """log softmax(hidden · weightᵀ)[target]: hidden [R, C], weight [V, C], targets [R] -> [R] in float32 (float64 for
-    float64 input). Logits are float32 and live for one chunk of rows; the backward pass computes them again. Any R,
-    0 among them: the result is connected to hidden and weight, so that every rank runs the same collectives."""
-    return _TokenLogProbs.apply(hidden, weight, targets, chunk_rows(weight.shape[0], weight.device.type))
+    float64 input). Logits are float32 and live for one chunk of rows; the backward pass computes them again, but for
+    the last chunk's, which are kept for it. Any R, 0 among them: the result is connected to hidden and weight, so that
+    every rank runs the same collectives. compiled: torch.compile makes one kernel of each pass over the logits."""
+    return _TokenLogProbs.apply(hidden, weight, targets, chunk_rows(weight.shape[0], weight.device.type), compiled)
 
 
 def _wide_matmul(a, b):
@@ -372,39 +376,66 @@ def _wide_matmul(a, b):
     return product if product.dtype == torch.float64 else product.float()
 
 
+def _add_product(total, a, b):
+    """total += a @ b where total is of a wide type, without the product as a tensor of its own."""
+    if a.is_cuda and a.dtype != total.dtype:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _log_normaliser(logits):
+    return logits.logsumexp(-1)
+
+
+def _scaled_softmax(logits, norm, scale, dtype):
+    return ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """With p = softmax(logits) and g the gradient of log p[target]: d/dlogits = g · (one-hot(target) − p)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
+    def forward(ctx, hidden, weight, targets, rows, compiled=False):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logp = torch.empty(len(targets), dtype=wide, device=hidden.device)
         norm = torch.empty_like(logp)                                           # log of the softmax's denominator
-        ctx.slices = _equal_slices(len(targets), rows)
+        ctx.slices, ctx.compiled, logits = _equal_slices(len(targets), rows), compiled, None
         for rows in ctx.slices:
             logits = _wide_matmul(hidden[rows], weight.t())                     # [r, V]
-            norm[rows] = logits.logsumexp(-1)
+            norm[rows] = (_compiled(_log_normaliser) if compiled else _log_normaliser)(logits)
             logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
-        ctx.save_for_backward(hidden, weight, targets, norm)
+        ctx.last = logits           # the backward pass begins with it, and would need the memory for it anyway
+        ctx.save_for_backward(hidden, weight, targets, norm, logp)
         return logp
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, norm = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
+        hidden, weight, targets, norm, logp = ctx.saved_tensors
+        at_target = grad * -torch.expm1(logp)                                   # g · (1 − p[target])
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = None                                                      # float32 [V, C]
-        for rows in ctx.slices:
-            logits = _wide_matmul(hidden[rows], weight.t())
-            logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None])        # −g · p
-            logits.scatter_add_(1, targets[rows, None], grad[rows, None])       # + g · one-hot
-            logits = logits.to(hidden.dtype)
+        for rows in reversed(ctx.slices):
+            logits, ctx.last = ctx.last, None
+            if logits is None:
+                logits = _wide_matmul(hidden[rows], weight.t())
+            if ctx.compiled:
+                logits = _compiled(_scaled_softmax)(logits, norm[rows], -grad[rows], hidden.dtype)      # −g · p
+            else:
+                logits = logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None]).to(hidden.dtype)
+            logits.scatter_(1, targets[rows, None], at_target[rows, None].to(hidden.dtype))
             grad_hidden[rows] = logits @ weight
             if ctx.needs_input_grad[1]:
-                part = _wide_matmul(logits.t(), hidden[rows])
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+                grad_weight = (_wide_matmul(logits.t(), hidden[rows]) if grad_weight is None else
+                               _add_product(grad_weight, logits.t(), hidden[rows]))
+            logits = None                                                       # let go before the next is made
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _equal_slices(count, most):
