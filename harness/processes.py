@@ -2,8 +2,10 @@
 
 Under torchrun, Ctrl-C and SIGTERM reach only the agent, which passes them on to every worker and kills those
 that still run 30 seconds later: `torchrun --shutdown-timeout 600 …` (TORCH_ELASTIC_SHUTDOWN_TIMEOUT before
-torch 2.13) gives a large checkpoint its time. SIGUSR1 kills the agent itself and reaches no worker, unless
-the agent is told: `torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 …`.
+torch 2.13) gives a large checkpoint its time. SIGUSR1 kills the agent and leaves the workers behind, unless
+the shell was told `trap '' USR1` before: then `pkill -USR1 -f train.py` reaches the workers alone. With
+SIGUSR1 among its `--signals-to-handle` the agent passes it on, and ends the run 30 seconds later as it does
+for SIGTERM.
 """
 
 import contextlib
@@ -159,7 +161,7 @@ def together(work, otherwise):
     """Rank 0 does `work()`, the others `otherwise()`: the other end of work's collectives. -> work's result
 
     Where `work` fails half way, rank 0 goes on with `otherwise()`, so that nobody waits for it; then all
-    ranks raise its error.
+    ranks raise its error, with `rank` 0 as an attribute: the rank that can tell most of it.
     """
     if dist.get_world_size() == 1:
         return work()
@@ -176,12 +178,35 @@ def together(work, otherwise):
     outcome = [(result, _portable(error))]
     dist.broadcast_object_list(outcome, src=0, group=patient)
     dist.destroy_process_group(patient)
-    if error is not None:
-        raise error
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return _agreed([(result, error) if error else outcome[0]])[0]
+
+
+def everywhere(work):
+    """Every rank does `work()`. -> [rank 0's result, rank 1's, ...]
+
+    Where it fails on any rank, all ranks raise the error of the first that failed, with `rank`, its number.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [work()]
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    outcomes = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, _portable(error)))
+    if error:
+        outcomes[dist.get_rank()] = (None, error)       # with its traceback
+    return _agreed(outcomes)
+
+
+def _agreed(outcomes):
+    """The results of [(result, error) of rank 0, of rank 1, ...]; the first error is raised, its rank noted."""
+    for rank, (_, error) in enumerate(outcomes):
+        if error is not None:
+            error.rank = rank
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def _portable(error):
