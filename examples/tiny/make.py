@@ -137,7 +137,7 @@ def preference_pairs(network, speaker, questions, rng, batch=256):
             yield {"prompt": question, "chosen": first, "rejected": second}
 
 
-def make(out, seed=0, steps=2500, pairs=2048, held_out=256):
+def make(out, seed=0, steps=2500, pairs=3072, held_out=256):
     """Writes model/, train.jsonl and held_out.jsonl into `out`; no question stands in both files."""
     torch.set_num_threads(1)
     out, rng = Path(out), random.Random(seed)
@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--out", default=HERE, help="where to write [this folder]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2500, help="of pretraining [2500]")
-    parser.add_argument("--pairs", type=int, default=2048, help="to train on [2048]")
+    parser.add_argument("--pairs", type=int, default=3072, help="to train on [3072]")
     parser.add_argument("--held-out", type=int, default=256, help="to evaluate on [256]")
     make(**vars(parser.parse_args()))
 
