@@ -479,6 +479,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 HEADER_LIMIT = 100 << 20            # bytes; safetensors' own limit
+PIECE = 1 << 20                     # numbers that are read, checked or written at once
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
@@ -503,14 +504,15 @@ def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
             stored = file.get_slice(name)
             _check_slice(files[name], name, stored, parameter.shape)
             target, start = local(parameter)
-            rows = stored[start:start + len(target)]
-            if not bool(rows.isfinite().all()):
-                raise BadCheckpoint(f"{files[name]}: {name} holds values that are not finite; the file is damaged "
-                                    "or the training that wrote it diverged")
-            with torch.no_grad():
-                target.copy_(rows)
+            rows = stored[start:start + len(target)]                # pages of the file, not yet in memory
+            for piece, goal in zip(rows.flatten().split(PIECE), target.view(-1).split(PIECE)):
+                if not bool(piece.isfinite().all()):
+                    raise BadCheckpoint(f"{files[name]}: {name} holds values that are not finite; the file is "
+                                        "damaged or the training that wrote it diverged")
+                with torch.no_grad():
+                    goal.copy_(piece)
     if "lm_head.weight" in files and model.lm_head is None:
-        _check_tied(files, "lm_head.weight", "model.embed_tokens.weight")
+        _check_tied(files, "lm_head.weight", *local(model.model.embed_tokens.weight))
 
 
 def check(directory):
@@ -610,11 +612,16 @@ def _open(path):
         raise BadCheckpoint(f"{path}: no safetensors file, or a truncated one ({_line(error)})") from None
 
 
-def _check_tied(files, head, embedding):
-    with _open(files[head]) as a, _open(files[embedding]) as b:
-        same = torch.equal(a.get_tensor(head), b.get_tensor(embedding))
+def _check_tied(files, head, embedding, start):
+    """A stored head must be the embedding, whose rows from `start` on are given."""
+    with _open(files[head]) as file:
+        rows = file.get_slice(head)[start:start + len(embedding)]
+        same = rows.shape == embedding.shape and all(
+            torch.equal(a.to(b.dtype), b.cpu())
+            for a, b in zip(rows.flatten().split(PIECE), embedding.view(-1).split(PIECE)))
     if not same:
-        raise BadCheckpoint(f"{files[head]}: {head} differs from {embedding}, though config.json ties them")
+        raise BadCheckpoint(f"{files[head]}: {head} differs from model.embed_tokens.weight, though config.json ties "
+                            "them")
 
 
 def _read_json(path):
@@ -651,7 +658,8 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
     source: the directory whose config.json is taken over with the new dtype, or a dict that is one. shapes: name ->
     shape of every tensor. tensors: (name, tensor) in the order of `shapes`; each is written and let go before the
     next is asked for, so that no more than one is in memory. copies: (path, name) of files put beside them. All is
-    written into DIRECTORY.tmp and renamed at the end: a directory of that name is whole."""
+    written into DIRECTORY.tmp and renamed at the end: a directory of that name is whole. One that stood there is
+    DIRECTORY.old until then."""
     kind, dtype_name, width = DTYPE_NAMES[dtype]
     config = dict(source) if isinstance(source, dict) else _read_json(os.path.join(source, "config.json"))
     config |= {"torch_dtype": dtype_name, "dtype": dtype_name}      # its name before and since transformers 4.56
@@ -685,7 +693,9 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
                 given, tensor = next(tensors)
                 if given != name or tuple(tensor.shape) != tuple(shapes[name]):
                     raise ValueError(f"tensor {given} {tuple(tensor.shape)} where {name} {tuple(shapes[name])} is due")
-                file.write(tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+                for piece in tensor.detach().flatten().split(PIECE):
+                    file.write(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
+                del tensor, piece       # before the next is asked for
             file.flush()
             os.fsync(file.fileno())
     if len(shards) > 1:
@@ -693,5 +703,9 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
                  "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
         with open(os.path.join(part, INDEX), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
+    old = directory.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(directory):
+        os.rename(directory, old)
+    os.rename(part, directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ import gc
 import os
 import resource
 import time
+import traceback
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ import model
 import tgdpo
 from harness import cache, checkpoint, flops, hub, memory, preview, processes, results
 from harness.options import BadOption
-from harness.progress import Metrics, Progress, say
+from harness.progress import Metrics, Progress, say, tell
 from harness.tally import Tally
 
 BAD_INPUT = (BadOption, data.BadData, model.BadCheckpoint, checkpoint.BadCheckpointState)
@@ -97,7 +98,7 @@ def sharded(directory, run, frozen=False):
         fully_shard(layer, **settings)
     fully_shard(net, **settings)
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
-    model.load_weights(net, directory, local_rows)
+    processes.everywhere(lambda: model.load_weights(net, directory, local_rows))
     return net
 
 
@@ -111,6 +112,23 @@ def local_rows(parameter):
     return parameter.to_local().data, min(each * mesh.get_local_rank(shard_dim), parameter.shape[0])
 
 
+def whole(parameter, dtype, keep):
+    """All rows of a sharded parameter in `dtype`, where `keep`, else None. Collective. Rank after rank sends its rows:
+    gathered at once, they would stand twice in memory under gloo, and on every rank."""
+    local, group = local_rows(parameter)[0].to(dtype), parameter.device_mesh.get_group(-1)
+    if group.size() == 1:
+        return local
+    rows, each = parameter.shape[0], -(-parameter.shape[0] // group.size())
+    full = local.new_empty(parameter.shape) if keep else None
+    for owner, start in enumerate(range(0, rows, each)):
+        mine, stop = owner == group.rank(), min(start + each, rows)
+        piece = local if mine else full[start:stop] if keep else local.new_empty(stop - start, *parameter.shape[1:])
+        dist.broadcast(piece, group=group, group_src=owner)
+        if mine and keep:
+            full[start:stop] = local
+    return full
+
+
 def release(run):
     """Give the memory of dropped models back. The caller lets go of its last reference first."""
     gc.collect()
@@ -121,8 +139,7 @@ def release(run):
 def export(run, net, directory, source):
     """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    stream = ((name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
-              for name, parameter in net.named_parameters())
+    stream = ((name, whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
@@ -137,6 +154,7 @@ def export(run, net, directory, source):
             pass
 
     processes.together(write, otherwise=drain)      # the others gather along, even where rank 0 fails half way
+    say(f"exported: {directory}", run.rank)
 
 
 # ----------------------------------------------------------------------------------- log-probs and the guidance
@@ -160,9 +178,9 @@ def size(pair):
 
 
 @torch.no_grad()
-def log_probs(run, net, pairs, title):
+def log_probs(run, net, pairs, title, save=lambda: "what was saved before stands"):
     """Per-token log-probs of every pair's responses, [C + R] each, on the CPU. The pairs are shared out among the
-    ranks in large packs. No random number is drawn."""
+    ranks in large packs. No random number is drawn. save: see stop_if_told."""
     dealt = data.deal([size(pair) for pair in pairs], run.world, run.plan.micro_tokens_forward)[run.rank]
     mine = {}
     bar = Progress(len(pairs), title, run.rank)
@@ -173,7 +191,7 @@ def log_probs(run, net, pairs, title):
         if indices:
             mine |= zip(indices, (part.clone() for part in logp.split(lengths)))
         bar.advance(len(indices) * run.world)
-        stop_if_told(run)
+        stop_if_told(run, save)
     bar.close()
     net.reshard()       # without a backward pass the root would stay gathered
     shares = [None] * run.world
@@ -228,9 +246,9 @@ def pack_loss(stage, options, logp, pack, indices, tally):
 
 
 @torch.no_grad()
-def evaluate(run, net, stage):
+def evaluate(run, net, stage, save):
     """The stage's figures on its evaluation pairs, and their per-token log-probs as log_probs gives them."""
-    found = log_probs(run, net, stage.eval_pairs, "evaluation")
+    found = log_probs(run, net, stage.eval_pairs, "evaluation", save)
     return figures(run, stage, found), found
 
 
@@ -313,23 +331,30 @@ def train(run, stage, directory):
         if state["world_size"] == run.world:
             checkpoint.set_random_state(state["random"][run.rank])
         say(f"{stage.loss}: resumed from {newest}: step {step} of {total}", run.rank)
+        if step == total:
+            checkpoint.tidy(newest, options.keep)       # else the next save does it
     elif options.resume:
         say(f"{stage.loss}: nothing complete to resume from: starting from the beginning", run.rank)
     run.metrics.keep_until(stage.loss, step)
+    saved = step
 
     def save():
-        epoch, position = divmod(step, per_epoch)
-        checkpoint.save(checkpoints, step, training_state(net, optimiser), {
-            "identity": run.identity | {"stage": stage.loss}, "steps": total, "epoch": epoch,
-            "position": position * options.batch_size}, options.keep)
+        nonlocal saved
+        if step != saved:
+            epoch, position = divmod(step, per_epoch)
+            checkpoint.save(checkpoints, step, training_state(net, optimiser), {
+                "identity": run.identity | {"stage": stage.loss}, "steps": total, "epoch": epoch,
+                "position": position * options.batch_size}, options.keep)
+            saved = step
+        return f"{stage.loss} step {step} of {total} is saved"
 
-    stop_if_told(run)       # from here on a signal waits for the end of a step
+    stop_if_told(run, lambda: "nothing to save yet")        # from here on a signal waits for the end of a step
     bar = Progress(total, stage.loss, run.rank, start=step)
     found = None
     while True:
         if stage.eval_pairs and step and (step == total or options.eval_every and step % options.eval_every == 0):
             began = time.perf_counter()
-            row, found = evaluate(run, net, stage)
+            row, found = evaluate(run, net, stage, save)
             row |= speed(run, stage.eval_pairs, began)
             run.metrics.write({"stage": stage.loss, "step": step, "eval": True} | row)
         if step == total:
@@ -350,11 +375,9 @@ def train(run, stage, directory):
         row |= {"lr": group["lr"], **speed(run, [stage.pairs[i] for i in batch], began, net.config)}
         run.metrics.write({"stage": stage.loss, "step": step, "epoch": epoch + 1} | row)
         bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
-        signal = run.signals.agreed()
-        if step == total or signal or options.save_every and step % options.save_every == 0:
+        if step == total or options.save_every and step % options.save_every == 0:
             save()
-        if signal:
-            run.signals.obey(signal, f"{stage.loss} step {step} of {total} is saved")
+        stop_if_told(run, save)
     bar.close()
     return net, found
 
@@ -393,10 +416,10 @@ def speed(run, pairs, began, trained=None):
     return row
 
 
-def stop_if_told(run):
-    """Between the packs of a pass without steps there is nothing to save: end at once when a signal came."""
+def stop_if_told(run, save):
+    """Follow a signal, where one came: save() saves what there is and says so in words; SIGUSR1 lets the run go on."""
     if signal := run.signals.agreed():
-        run.signals.obey(signal, "nothing to save yet")
+        run.signals.obey(signal, save())
 
 
 def some(names):
@@ -406,18 +429,24 @@ def some(names):
 
 # ----------------------------------------------------------------------------------------------------- the run
 
-def whole_run(options, ranks):
-    """Stage after stage, from the options to the exported policy and the report."""
+def whole_run(options, ranks, out):
+    """Stage after stage, from the options to the exported policy and the report, all in the directory `out`."""
     source, guide_source = (found_model(name) if name else None for name in (options.model, options.guide))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
     tokenizer, pairs, eval_pairs, counts = load_data(options, source, guide_source)
     plan, mesh = lay_out(options, ranks, source, dtype, max(size(pair) for pair in pairs + eval_pairs))
+    contexts = {directory: model.read_config(directory).max_position_embeddings
+                for directory in (source, guide_source) if directory}
+    for line in preview.warnings(options, contexts, pairs, eval_pairs):
+        say(line, ranks.rank)
     if options.dry_run:
         processes.first(lambda: preview.show(options, tokenizer, pairs, eval_pairs, counts, plan, ranks.world))
         return
 
-    out = processes.claim(options)
+    if options.overwrite:
+        processes.first(lambda: processes.clear(out, options))
+    processes.first(lambda: results.foresee_space(out, options, model.read_config(source), dtype.itemsize, pairs, eval_pairs))
     identity = processes.first(lambda: describe(options, source, guide_source, tokenizer, pairs, dtype))
     processes.first(lambda: results.begin(out, options, identity, counts, plan, ranks))
     run = Run(options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals,
@@ -446,8 +475,8 @@ def whole_run(options, ranks):
             answers[name] = answer(run, net, tokenizer, shown)
             del net
             release(run)
-    start = len(pairs) if eval_pairs else 0
-    models = {"reference": ref and ref[start:], "guide": guide and guide[start:], "policy": final}
+    part = slice(len(pairs), None) if eval_pairs else slice(len(final))
+    models = {"reference": ref and ref[part], "guide": guide and guide[part], "policy": final}
     processes.first(lambda: results.finish(out, options, tokenizer, shown, models, answers))
 
 
@@ -463,9 +492,10 @@ def load_data(options, source, guide_source):
 
     def read():
         tokenizer = data.load_tokenizer(source, options.chat_template)
-        if tokenizer.vocab_size > (size := model.read_config(source).vocab_size):
-            raise model.BadCheckpoint(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model "
-                                      f"only {size} embeddings; take the tokenizer that belongs to the model")
+        for directory in filter(None, (source, guide_source)):
+            if tokenizer.vocab_size > (size := model.read_config(directory).vocab_size):
+                raise model.BadCheckpoint(f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but "
+                                          f"the model only {size} embeddings; take the tokenizer that belongs to it")
         if guide_source:
             data.same_vocabulary(tokenizer, data.load_tokenizer(guide_source, options.chat_template))
         limits = options.max_length, options.max_prompt_length, options.skip_bad_rows
@@ -475,7 +505,10 @@ def load_data(options, source, guide_source):
         if options.eval_data:
             eval_pairs, counts["eval"] = data.load_pairs(files(options.eval_data), tokenizer, *limits)
         elif options.eval_fraction:
-            kept = max(1, round(len(pairs) * (1 - options.eval_fraction)))
+            if len(pairs) == 1:
+                raise BadOption(f"--eval-fraction {options.eval_fraction}: there is only one pair, which is needed to "
+                                "train on; leave it out, or give --eval-data")
+            kept = min(max(1, round(len(pairs) * (1 - options.eval_fraction))), len(pairs) - 1)
             mixed = [pairs[i] for i in data.epoch_order(len(pairs), options.seed, 0)]
             pairs, eval_pairs = mixed[:kept], mixed[kept:]
         return pairs, eval_pairs, counts
@@ -538,37 +571,55 @@ def say_alpha(run, pairs, ref, guide):
 def answer(run, net, tokenizer, pairs):
     """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text."""
     prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[:run.options.samples]
-    if not prompts:
-        return []
-    new = model.generate(net, prompts, run.options.sample_tokens, set(tokenizer.end_ids))
+    widest = max(map(len, prompts), default=0) + run.options.sample_tokens
+    several, answers = max(1, run.plan.micro_tokens_forward // widest), []      # prompts at a time
+    for asked in (prompts[k:k + several] for k in range(0, len(prompts), several)):
+        new = model.generate(net, asked, run.options.sample_tokens, set(tokenizer.end_ids))
+        answers += [(tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
+                    for prompt, ids in zip(asked, new)]
+        stop_if_told(run, lambda: "the policy is exported, the answers are not done")
     net.reshard()
-    return [(tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
-            for prompt, ids in zip(prompts, new)]
+    return answers
 
 
 def main(argv=None):
     """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 130 or 143 after a signal."""
-    ranks = None
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)
+    except BadOption as error:
+        return complain(error, 0 if os.environ.get("RANK", "0") == "0" else 1)
+    ranks = out = None
+    try:
         ranks = processes.start(options.timeout_minutes)
-        whole_run(options, ranks)
+        out = None if options.dry_run else processes.claim(options)
+        whole_run(options, ranks, out)
         return 0
     except processes.Stopped as stop:
         return stop.status
-    except BAD_INPUT as error:
-        return complain(error, ranks, 2)
-    except (RunFailed, checkpoint.CannotSave, OSError, RuntimeError) as error:
-        return complain(error, ranks, 1)
+    except Exception as error:
+        if out and isinstance(error, BAD_INPUT):
+            processes.withdraw(out)
+        return complain(error, ranks.rank if ranks else 0)
     finally:
         processes.stop()
 
 
-def complain(error, ranks, status):
-    """One line on standard error, from one rank."""
-    if ranks is None or ranks.rank == 0:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return status
+def complain(error, rank):
+    """Tell on standard error why the run ends, on the rank that knows. Returns the exit status.
+
+    What is foreseen gets one line (several bad rows a line each), anything else its traceback."""
+    alike = isinstance(error, (*BAD_INPUT, RunFailed, checkpoint.CannotSave))       # the same on all ranks
+    text, words = None, str(error) if isinstance(error, data.BadData) else " ".join(str(error).split())
+    if alike or isinstance(error, OSError):
+        text = words
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in words:
+        text = f"out of memory on rank {rank}: {words}; try a smaller --micro-tokens, more ranks or --cpu-offload"
+    elif isinstance(error, dist.DistError) or "gloo" in words:
+        text = (f"rank {rank} has lost the others: one of them has ended, which tells why, or was silent for "
+                f"--timeout-minutes: {words}; --resume goes on from the last checkpoint")
+    if rank == getattr(error, "rank", 0 if alike else rank):
+        tell(f"train.py: error: {text}".replace("\n", "\n  ") if text else "".join(traceback.format_exception(error)))
+    return 2 if isinstance(error, BAD_INPUT) else 1
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from harness.processes import everywhere
+
 FILE_BYTES = 2**28   # what a rank writes to one file, about: a file is put together in memory first
 
 
@@ -57,21 +59,27 @@ def save(directory, step, tensors, state, keep):
     final, old, tmp = (directory / f"step-{step}{suffix}" for suffix in ("", ".old", ".tmp"))
     try:
         _on_rank_0(_make_room, directory, tmp, tensors)
-        _on_all_ranks(_see, tmp)
+        everywhere(lambda: _see(tmp))
         storage = dcp.HuggingFaceStorageWriter(str(tmp), _file_of(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=storage)
-        shares, random_states = zip(*_on_all_ranks(lambda: (_sync(_share(tmp)), random_state())))
+        shares, random_states = zip(*everywhere(lambda: (_sync(_share(tmp)), random_state())))
         content = {
             "state": state | {"step": step, "world_size": _world_size(), "threads": torch.get_num_threads(),
                               "random": random_states},
             "tensors": {name: _signature(tensor) for name, tensor in tensors.items()},
             "files": {name: digest for share in shares for name, digest in share.items()}}
         _on_rank_0(_put_in_place, tmp, final, old, content)
-        _on_rank_0(_delete_older, directory, step, keep)
-    except (RuntimeError, CheckpointException) as failure:
+        tidy(final, keep)
+    except (OSError, RuntimeError, CheckpointException) as failure:
         if _rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)      # gives a full disk its room back
         raise CannotSave(f"{final} is not saved, those before it stand: {line(failure)}") from failure
+
+
+def tidy(path, keep):
+    """Keep the checkpoint at `path` and the newest others, `keep` together; delete the rest, and what killed
+    saves left. Collective."""
+    _on_rank_0(_delete_others, Path(path), keep)
 
 
 def newest(directory, say=lambda line: None):
@@ -109,6 +117,7 @@ def same_run(path, there, here):
 
 def drop_stage(directory, stage):
     """Delete the checkpoints in `directory` whose identity names `stage`: it is over, its result stands."""
+    _delete_unfinished(Path(directory))
     for _, path in _standing(directory):
         if _is_whole(path) and read_state(path).get("identity", {}).get("stage") == stage:
             _delete(path)
@@ -134,7 +143,7 @@ def load(path, tensors, expected=None):
                                          "this checkpoint to go on from the one before")
         return str(path)
 
-    if len(places := set(_on_all_ranks(check))) > 1:
+    if len(places := set(everywhere(check))) > 1:
         raise BadCheckpointState(f"the ranks were given different checkpoints: {', '.join(sorted(places))}")
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
@@ -208,8 +217,7 @@ def _array(text, dtype):
 def _make_room(directory, tmp, tensors):
     """Rank 0: clear what killed saves left, see that the disk has room, make `tmp`."""
     directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob("step-*.tmp"):
-        shutil.rmtree(left)
+    _delete_unfinished(directory)
     need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     # The margin: a file's header takes less than 512 bytes for a shard, and the disk has its own bookkeeping.
     need += 512 * len(tensors) * _world_size() + need // 100 + 2**20
@@ -265,15 +273,20 @@ def _put_in_place(tmp, final, old, content):
     fsync(final.parent)
 
 
-def _delete_older(directory, step, keep):
-    kept = {step}
-    for number, path in _standing(directory):
-        if path.name == f"step-{step}":
-            continue
-        if number not in kept and len(kept) < keep and _is_whole(path):
+def _delete_others(path, keep):
+    _delete_unfinished(path.parent)
+    standing = _standing(path.parent)
+    kept = {number for number, other in standing if other == path}
+    for number, other in standing:
+        if other != path and number not in kept and len(kept) < keep and _is_whole(other):
             kept.add(number)
-        else:
-            _delete(path)
+        elif other != path:
+            _delete(other)
+
+
+def _delete_unfinished(directory):
+    for left in directory.glob("step-*.tmp"):
+        shutil.rmtree(left)
 
 
 def _delete(path):
@@ -346,7 +359,7 @@ def _check_tensors(path, stored, wanted):
             raise BadCheckpointState(f"{path} holds {name} as {stored[name]}, not {_signature(tensor)}")
 
 
-# Ranks: work that fails on one of them must fail on all, or the others wait for it until they time out.
+# Ranks: work that fails on one of them fails on all, or the others would wait for it until they time out.
 
 def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -356,22 +369,5 @@ def _world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _on_all_ranks(work, *arguments):
-    """[work(*arguments) of rank 0, of rank 1, ...] on every rank; a failure on any is raised on all."""
-    try:
-        outcome = (work(*arguments), None, None)
-    except Exception as failure:
-        kind = type(failure) if isinstance(failure, BadCheckpointState) else RuntimeError
-        outcome = (None, kind, line(failure))
-    outcomes = [outcome]
-    if dist.is_initialized():
-        outcomes = [None] * _world_size()
-        dist.all_gather_object(outcomes, outcome)
-    for _, kind, words in outcomes:
-        if kind is not None:
-            raise kind(words)
-    return [result for result, _, _ in outcomes]
-
-
 def _on_rank_0(work, *arguments):
-    _on_all_ranks(work if _rank() == 0 else lambda *_: None, *arguments)
+    everywhere(lambda: work(*arguments) if _rank() == 0 else None)

@@ -186,6 +186,10 @@ def resolve(argv):
     Raises BadOption: an unknown name, a value out of range, a contradiction, a file that cannot be read.
     """
     given, config = _read_flags(argv)
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise BadOption("the working directory is no longer there; change to another") from None
     settings = read_toml(config) if config else {}
     loss = given.get("loss", settings.get("loss", "tgdpo"))
     chosen = {}
@@ -219,6 +223,8 @@ def resolve(argv):
     for name in ("chat_template", "out"):
         if chosen.get(name):
             chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
+    for path in (chosen["model"], *chosen["data"], *chosen["eval_data"], chosen.get("out") or here):
+        _check_text(path, _shown(path))         # again, as the working directory is part of it by now
     return Options(**chosen)
 
 
@@ -411,7 +417,9 @@ def _check_text(text, where):
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadOption(f"{where}: must be UTF-8 text; rename the file") from None
+        encoding = sys.getfilesystemencoding()
+        mend = "rename the file" if encoding == "utf-8" else f"this Python reads {encoding}: set PYTHONUTF8=1"
+        raise BadOption(f"{where}: must be UTF-8 text; {mend}") from None
     return text
 
 

@@ -31,9 +31,11 @@ PATIENCE = datetime.timedelta(days=7)   # the others wait while rank 0 reads dat
 REPEAT = 1.0                            # seconds in which one Ctrl-C may arrive twice, by terminal and agent
 GRACE = 10.0                            # seconds beyond its own time that torch gets to notice it
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-RESULTS = ("config.toml", "run.json", "metrics.jsonl", "dropped.jsonl", "tokens.jsonl", "samples.json",
-           "report.html", "checkpoints", "guide", "policy")
+RECORD = ("dropped.jsonl", "run.json", "config.toml")       # written before there is any result
+# In this order they are removed: a run that is resumed from what a kill left of them goes on as it should.
+RESULTS = ("checkpoints", "guide", "policy", "metrics.jsonl", "tokens.jsonl", "samples.json", "report.html", *RECORD)
 _held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
+_made = set()                           # directories that this process made
 
 
 class Stopped(Exception):
@@ -287,7 +289,7 @@ def _to_stderr(line):
 
 
 def claim(options):
-    """The run's output directory: made, checked, locked, cleared for --overwrite. Collective. -> path
+    """The run's output directory: made, checked, locked. Collective. -> path
 
     Without --out it is runs/NAME, runs/NAME-2, … : the first that is new, or with --resume or --overwrite the
     last that is there. The lock lasts until stop() or the end of the process, whichever way it ends.
@@ -296,13 +298,27 @@ def claim(options):
     return first(lambda: _claim(options))
 
 
+def withdraw(out):
+    """Rank 0 removes what the start of a run left in the directory it claimed, unless there are results."""
+    if dist.get_rank() or any(os.path.lexists(os.path.join(out, name)) for name in RESULTS if name not in RECORD):
+        return
+    with contextlib.suppress(OSError):
+        for name in RECORD:
+            _remove(os.path.join(out, name))
+        if out in _made:
+            os.remove(os.path.join(out, ".lock"))
+            os.rmdir(out)       # stays where there is anything else in it
+
+
 def _claim(options):
     out = options.out
     try:
         if out is None:
             path = os.path.abspath(os.path.join("runs", options.name))
             out = _numbered(path, existing=options.resume or options.overwrite)
-        os.makedirs(out, exist_ok=True)
+        if not os.path.isdir(out):
+            os.makedirs(out)
+            _made.add(out)
         _lock(out)
     except FileExistsError:
         raise BadOption(f"--out {out}: is a file; give a directory") from None
@@ -312,8 +328,8 @@ def _claim(options):
     if found and not options.resume and not options.overwrite:
         raise BadOption(f"--out {out}: holds another run's results ({', '.join(found)}); "
                         "give --resume, --overwrite or another directory")
-    if options.overwrite:
-        _clear(out, found, options)
+    for name in RESULTS:
+        _remove(os.path.join(out, f"{name}.tmp"))       # what a kill left half written
     return out
 
 
@@ -328,6 +344,7 @@ def _numbered(path, existing):
     while True:
         try:
             os.mkdir(name)
+            _made.add(name)
             return name
         except FileExistsError:
             number += 1
@@ -353,8 +370,11 @@ def _lock(out):
     _held.callback(os.close, descriptor)
 
 
-def _clear(out, found, options):
-    """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for."""
+def clear(out, options):
+    """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for.
+
+    Raises BadOption where this run reads one of them."""
+    found = [name for name in (*RESULTS, "guide.old", "policy.old") if os.path.lexists(os.path.join(out, name))]
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
         for name in found:
             result = os.path.realpath(os.path.join(out, name))
@@ -362,10 +382,15 @@ def _clear(out, found, options):
                 raise BadOption(f"--overwrite would remove {path}, which this run reads; give another --out")
     for name in found:
         path = os.path.join(out, name)
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.remove(path)
+        os.rename(path, f"{path}.tmp")      # half of a result never stands under its name
+        _remove(f"{path}.tmp")
+
+
+def _remove(path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
 
 
 def need_space(path, size, what):

@@ -1,5 +1,6 @@
 """What a run tells while it goes on: lines, a progress bar where there is a terminal, and metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,15 +18,25 @@ def say(text, rank=0):
     never ends it."""
     if rank or sys.stdout is None:
         return
-    text = "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
-                   for char in text)
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        tqdm.tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        tqdm.tqdm.write(_printable(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
     except (OSError, ValueError):
         # What comes later, the flush at exit included, goes nowhere instead of failing again.
         sys.stdout = open(os.devnull, "w")
+
+
+def tell(text):
+    """The same for standard error, on any rank."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # it may be full, closed, or None
+        sys.stderr.write(_printable(text).rstrip() + "\n")
+        sys.stderr.flush()
+
+
+def _printable(text):
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+                   for char in text)
 
 
 def words(figures):

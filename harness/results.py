@@ -4,26 +4,44 @@ and the report page at its end."""
 import json
 import os
 import platform
+import shutil
 import sys
 
 import torch
 
 from harness import checkpoint, memory, options as option_table, preview
+from harness.options import BadOption
 from harness.progress import say
 from report import report
+
+
+def foresee_space(out, options, config, width, pairs, eval_pairs):
+    """Raises BadOption unless the disk of `out` holds what the run will write, beside what it has already.
+
+    config: the model's; width: bytes of a number of the exported models."""
+    root, block = memory.parameters(config)
+    parameters = root + config.num_hidden_layers * block
+    steps = options.epochs * -(-len(pairs) // options.batch_size)
+    saves = min(options.keep + 1, -(-steps // options.save_every)) if options.save_every else 1
+    models = 2 if options.loss == "tgdpo" and options.guide is None else 1
+    passes = {"simpo": 0, "dpo": 1, "tgdpo": 2}[options.loss]
+    need = (3 * 4 * saves + width * models) * parameters
+    need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
+    there = sum(os.path.getsize(os.path.join(place, name)) for place, _, names in os.walk(out) for name in names)
+    if (free := shutil.disk_usage(out).free) + there < need:
+        raise BadOption(f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
+                        f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, {models} models, log-probs; "
+                        "free some, lower --keep or give another directory")
 
 
 def begin(out, options, identity, counts, plan, ranks):
     """Write config.toml, run.json and dropped.jsonl. A directory that is resumed must be of the same run."""
     path = os.path.join(out, "run.json")
     if options.resume and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            checkpoint.same_run(out, json.load(file).get("identity", {}), identity)
-    with open(os.path.join(out, "config.toml"), "w", encoding="utf-8") as file:
-        file.write(option_table.to_toml(options))
-    with open(os.path.join(out, "dropped.jsonl"), "w", encoding="utf-8") as file:
-        for count in counts.values():
-            file.writelines(json.dumps(drop, ensure_ascii=False) + "\n" for drop in count.dropped)
+        checkpoint.same_run(out, read_run(path)["identity"], identity)
+    write(os.path.join(out, "config.toml"), option_table.to_toml(options))
+    write(os.path.join(out, "dropped.jsonl"), "".join(
+        json.dumps(drop, ensure_ascii=False) + "\n" for count in counts.values() for drop in count.dropped))
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else _processor()
     write_json(path, {
         "command": " ".join(["python", *sys.argv]), "identity": identity,
@@ -68,9 +86,7 @@ def finish(out, options, tokenizer, pairs, models, answers):
                         row[side][key] = [round(x, 6) for x in logps[i][start:start + len(ids)].tolist()]
             file.write(json.dumps(row) + "\n")
     path = os.path.join(out, "run.json")
-    with open(path, encoding="utf-8") as file:
-        run = json.load(file)
-    write_json(path, run | {"table": table})
+    write_json(path, read_run(path) | {"table": table})
     report.write(out)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")
     if options.loss == "tgdpo":
@@ -78,10 +94,30 @@ def finish(out, options, tokenizer, pairs, models, answers):
     say(f"the page:   {os.path.join(out, 'report.html')}")
 
 
+def read_run(path):
+    """The object of a run.json. Raises BadCheckpointState where it is not what `begin` wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            run = json.load(file)
+        if isinstance(run["identity"], dict):
+            return run
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise checkpoint.BadCheckpointState(f"{path} is damaged, so that nothing tells which run this is; remove it to "
+                                        "resume all the same, or start anew with --overwrite")
+
+
 def write_json(path, value):
     """Write a JSON file, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
+    write(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write(path, text):
+    """Write a file, whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:  # as the command line has it
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
 
 

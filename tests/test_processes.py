@@ -338,20 +338,23 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (out / "guide").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BadOption, match=r"holds another run's results \(metrics.jsonl, checkpoints, guide, "
-                                        r"policy\); give --resume, --overwrite or another"):
+    with pytest.raises(BadOption, match=r"holds another run's results \(checkpoints, guide, policy, "
+                                        r"metrics.jsonl\); give --resume, --overwrite or another"):
         processes.claim(wanted(out))
     processes.stop()
     processes.start(1, "cpu")
     with pytest.raises(BadOption, match="--overwrite would remove .*policy, which this run reads"):
-        processes.claim(wanted(out, overwrite=True, model=str(out / "policy")))
+        processes.clear(str(out), wanted(out, overwrite=True, model=str(out / "policy")))
     processes.stop()
     processes.start(1, "cpu")
     processes.claim(wanted(out, resume=True))
     assert (out / "metrics.jsonl").exists()
     processes.stop()
     processes.start(1, "cpu")
-    processes.claim(wanted(out, overwrite=True))
+    (out / "guide.tmp").mkdir()
+    (out / "policy.old").mkdir()
+    assert processes.claim(wanted(out, overwrite=True)) == str(out) and (out / "metrics.jsonl").exists()
+    processes.clear(str(out), wanted(out, overwrite=True))
     assert sorted(os.listdir(out)) == [".lock", "cache", "notes.txt"]
     assert (out / "cache" / "ref.safetensors").exists() and (tmp_path / "elsewhere" / "kept").exists()
 
