@@ -1,0 +1,131 @@
+"""Kills whole runs of train.py with SIGKILL, resumes them, and compares the end with a run that was never stopped.
+
+    python tests/kill_train.py [KILLS] [RANKS] [SEED]      (50 kills of 1 rank unless told otherwise)
+
+Half of the kills come at a random moment, half at a random access to the output directory: between two renames of a
+save, in an export, in the writing of the cache, at the change of stages. A run that completes is compared bit for
+bit, guide, policy, metrics and all, and the next begins.
+"""
+
+import collections
+import functools
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing import connection
+
+from safetensors.torch import load
+
+import ranks
+from tiny_world import make_checkpoint, make_pairs
+
+SETTINGS = ["--beta", 0.3, "--lr", 2e-3, "--epochs", 2, "--batch-size", 4, "--max-length", 128, "--eval-every", 2,
+            "--save-every", 1, "--samples", 1, "--sample-tokens", 3]
+TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
+VOLATILE = {".lock", "run.json", "report.html", "state.json"}       # these tell the time, the process, the ranks' dice
+CLOCK = {"seconds", "pairs_per_second", "tokens_per_second", "peak_memory"}
+
+
+def make_world(directory):
+    """A start and 10 pairs (the last batch of an epoch has 2). -> train.py's arguments without --out"""
+    start = make_checkpoint(directory / "start", "tied")
+    pairs, held_out = make_pairs(directory / "pairs.jsonl", 10), make_pairs(directory / "held_out.jsonl", 3, seed=1)
+    return ["--model", start, "--data", pairs, "--eval-data", held_out, *SETTINGS]
+
+
+def results(out):
+    """Everything a complete run leaves that must not depend on kills: relative path -> content."""
+    found = {}
+    for path in sorted(pathlib.Path(out).rglob("*")):
+        name = str(path.relative_to(out))
+        if path.suffix == ".safetensors":       # the library orders its metadata by chance
+            found[name] = {key: tensor.numpy().tobytes() for key, tensor in sorted(load(path.read_bytes()).items())}
+        elif path.is_file() and path.name not in VOLATILE:
+            found[name] = path.read_bytes()
+    rows = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
+    found["metrics.jsonl"] = [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+    return found
+
+
+def die_at(out, touch, log, rank):
+    """Called in a rank before it runs: kills it right before it touches `out` for the touch-th time, and notes in
+    `log` what it was about to do."""
+    count = 0
+
+    def watch(event, given):
+        nonlocal count
+        if event not in TOUCHES or not str(given[0]).startswith(out):
+            return
+        if event == "open" and not (isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            return
+        count += 1
+        if count == touch:
+            with open(log, "a") as file:
+                file.write(f"{event} {os.path.relpath(given[0], out)}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def run_and_kill(arguments, out, world, log, seconds=None, touch=None):
+    """One start with --resume, killed after `seconds` or at rank 0's touch-th access to `out`. -> whether it was; a
+    run that ends by itself must end well."""
+    fault = touch and functools.partial(die_at, str(out), touch, f"{log}.touches")
+    processes = ranks.start(world, [*arguments, "--out", out, "--resume"], log, fault)
+    connection.wait([process.sentinel for process in processes], seconds)
+    ended = [process.exitcode for process in processes if process.exitcode is not None]
+    killed = seconds is not None and not ended or -signal.SIGKILL in ended
+    if killed:
+        for process in processes:
+            process.kill()
+    statuses = ranks.finish(processes)
+    assert killed or statuses == [0] * world, "".join(open(f"{log}.{rank}").read() for rank in range(world))
+    return killed
+
+
+def kill_loop(directory, kills, world=1, seed=0, plan=None):
+    """`kills` kills, then on until the run completes. plan: what run_and_kill is given, kill by kill; by default
+    random moments and accesses. -> (completed runs, what the kills at accesses hit)"""
+    directory, draw = pathlib.Path(directory), random.Random(seed)
+    arguments, out, log = make_world(directory), directory / "out", directory / "log"
+    began = time.monotonic()
+    statuses, printed = ranks.run(world, [*arguments, "--out", directory / "whole"], log)
+    assert statuses == [0] * world, printed
+    whole, whole_run = results(directory / "whole"), time.monotonic() - began
+    completed, done = 0, 0
+    while done < kills or out.exists():
+        if done == kills:
+            how = {}
+        elif plan:
+            how = plan[done]
+        else:
+            how = draw.choice([{"seconds": draw.uniform(0, whole_run)}, {"touch": draw.randint(1, 150)}])
+        if run_and_kill(arguments, out, world, log, **how):
+            done += 1
+            continue
+        found = results(out)
+        assert found.keys() == whole.keys(), found.keys() ^ whole.keys()
+        assert not (differ := [name for name in whole if found[name] != whole[name]]), differ
+        completed += 1
+        shutil.rmtree(out)
+    touches = pathlib.Path(f"{log}.touches")
+    return completed, touches.read_text().splitlines() if touches.exists() else []
+
+
+if __name__ == "__main__":
+    kills, world, seed = (int(given) for given in sys.argv[1:] + ["50", "1", str(time.time_ns())][len(sys.argv) - 1:])
+    place = tempfile.mkdtemp()
+    completed, touches = kill_loop(place, kills, world, seed)
+    shutil.rmtree(place)
+    kinds = collections.Counter(re.sub(r"\d+", "N", touch) for touch in touches)
+    print(f"{kills} kills of {world} rank(s), seed {seed}: {completed} runs completed, each bit for bit the run never "
+          "stopped; kills right before:")
+    for kind, count in kinds.most_common():
+        print(f"  {count:3} {kind}")
