@@ -72,22 +72,22 @@ def open_file(path):
     """Opens a regular file of bytes; BadData says what else stands there."""
     try:
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise BadData(f"{path}: is a directory; name the files in it")
-        if not stat.S_ISREG(mode):
-            raise BadData(f"{path}: is a pipe or a device, not a regular file")
-        file = open(path, "rb")
-        head = file.peek(64)
+        regular = stat.S_ISREG(mode)
+        file = open(path, "rb") if regular else None
+        head = file.peek(64) if regular else b""
     except FileNotFoundError:
         raise BadData(f"{path}: no such file") from None
-    except OSError as error:
-        raise BadData(f"{path}: cannot be read: {error.strerror}") from None
-    if not head:
-        raise BadData(f"{path}: is empty")
-    if head.startswith(b"\x1f\x8b"):
-        raise BadData(f"{path}: is compressed with gzip; gunzip it first")
-    if head.startswith(b"version https://git-lfs"):
-        raise BadData(f"{path}: is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    except (OSError, ValueError) as error:      # ValueError: a NUL in the name
+        raise BadData(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    for found, what in (
+            (stat.S_ISDIR(mode), "is a directory; name the files in it"),
+            (not regular, "is a pipe or a device, not a regular file"),
+            (not head, "is empty"),
+            (head.startswith(b"\x1f\x8b"), "is compressed with gzip; gunzip it first"),
+            (head.startswith(b"version https://git-lfs"),
+             "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")):
+        if found:
+            raise BadData(f"{path}: {what}")
     return file
 
 
@@ -124,23 +124,23 @@ def parse(raw):
 def read_rows(path):
     """Yields (row, value) of a .jsonl, .json or .parquet file; the value is a BadRow where it cannot be read.
     Raises BadData where the file as a whole cannot."""
-    row = 0
     with open_file(path) as file:
         if path.suffix == ".parquet":
-            rows = parquet_rows(path)
+            rows = enumerate(parquet_rows(path), 1)
         elif path.suffix not in (".jsonl", ".json"):
             raise BadData(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
         elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            rows = parse(file.read())
-            if isinstance(rows, BadRow):
-                raise BadData(f"{path}: {rows}")
+            values = parse(file.read())
+            if isinstance(values, BadRow):
+                raise BadData(f"{path}: {values}")
+            rows = enumerate(values, 1)
         else:       # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
-            rows = (parse(line) if line.strip() else None for line in file)
-        for row, value in enumerate(rows, 1):
-            if value is not None:
-                yield row, value
-    if not row:
-        raise BadData(f"{path}: has no rows")
+            rows = ((row, parse(line.rstrip())) for row, line in enumerate(file, 1) if line.strip())
+        first = next(rows, None)
+        if first is None:
+            raise BadData(f"{path}: has no rows")
+        yield first
+        yield from rows
 
 
 def parquet_rows(path):
@@ -224,7 +224,7 @@ def preference_of(row):
         side = messages_of(value, field)
         if not side or side[0]["role"] == "assistant":
             if prompt is None:
-                raise BadRow(f"missing field: one of {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
+                raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
             side = prompt + side
         elif any(isinstance(row.get(name), list) for name in PROMPTS) and side[:len(prompt)] != prompt:
             raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
@@ -233,8 +233,8 @@ def preference_of(row):
         if turns[-1:] != ["assistant"]:
             raise BadRow(f"no response: `{field}` must end with a message of the assistant")
         if turns != ["user", "assistant"] * (len(turns) // 2):
-            raise BadRow(f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, if "
-                         "any, user and assistant speak in turn")
+            raise BadRow(f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, "
+                         "if any, user and assistant speak in turn")
         sides.append(side)
     if sides[0][:-1] != sides[1][:-1]:
         raise BadRow("different prompts: chosen and rejected must answer the same messages")
@@ -254,8 +254,8 @@ class Renderer:
 
     def __enter__(self):
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen([sys.executable, "-P", str(SANDBOX)], stdin=pipe, stdout=pipe, stderr=null,
-                                        start_new_session=True)     # Ctrl-C is for the trainer
+        command = [sys.executable, "-P", str(SANDBOX)]      # in its own session: Ctrl-C is for the trainer
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
         try:
             self.ask(self.header)
         except BaseException:
@@ -300,6 +300,7 @@ class ChatTokenizer:
         self.template, self.template_name = template, template_name
         self.vocabulary = backend.get_vocab()                           # piece -> id
         self.vocab_size = max(self.vocabulary.values()) + 1
+        self.longest = max(map(len, self.vocabulary))                   # most characters a token stands for
         special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
                    if token.content and (token.special or token.content in tokens.values())}
         self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
@@ -346,8 +347,8 @@ class ChatTokenizer:
     def scored(self, prompt, full, reply):
         """The text after the prompt that is scored, and the id that ends it. Raises BadRow.
 
-        The template writes [lead][reply][tail][end token][rest] after the prompt. Scored are lead and reply and
-        the end token, or eos where the template has none. Blanks that the template adds as a tail are not: at
+        The template writes [lead][reply][tail][end token][rest] after the prompt. Scored are lead, reply and
+        end token (eos where the template has none). Blanks that the template adds as a tail are not: at
         inference the turn ends right behind the reply.
         """
         if not prompt or not full.startswith(prompt):
@@ -376,7 +377,9 @@ class ChatTokenizer:
         """Token ids of each text, [list of ids], without a BOS of the tokenizer's own. Raises BadData."""
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:      # the library raises bare Exceptions
+        except BaseException as error:      # bare Exceptions, and panics that are not even those
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise BadData(f"{self.directory}: its tokenizer.json cannot encode: {brief(error)}") from None
         return [encoding.ids for encoding in encodings]
 
@@ -434,7 +437,8 @@ def load_tokenizer(directory, chat_template=None):
             backend = tokenizers.Tokenizer.from_buffer(file.read())
         except Exception as error:      # the library raises bare Exceptions
             raise BadData(f"{file.name}: the tokenizers library cannot read it: {brief(error)}") from None
-    if not 0 < max(backend.get_vocab().values(), default=0) < 1 << 24:
+    vocabulary = backend.get_vocab()
+    if not 0 < max(vocabulary.values(), default=0) < 1 << 24:
         raise BadData(f"{directory / 'tokenizer.json'}: has no pieces, or ids beyond 16 million")
     backend.no_truncation()
     backend.no_padding()
@@ -464,8 +468,9 @@ def load_tokenizer(directory, chat_template=None):
                 template, name = opened.read().decode("utf-8-sig"), file
             except UnicodeDecodeError:
                 raise BadData(f"{file}: is no chat template: not UTF-8") from None
-    known = [token for token in tokens.values() if backend.token_to_id(token) is not None]
-    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in known])
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    plain = [token for token in tokens.values() if token in vocabulary and token not in added]
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
     return ChatTokenizer(directory, backend, tokens, template, name)
 
 
@@ -475,9 +480,9 @@ def same_vocabulary(a, b):
     other = [i for i in sorted(pieces_a.keys() | pieces_b.keys()) if pieces_a.get(i) != pieces_b.get(i)]
     if other:
         piece_a, piece_b = pieces_a.get(other[0]), pieces_b.get(other[0])
-        raise BadData(f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean other "
-                      f"pieces, the first {other[0]}, {piece_b!r} against {piece_a!r}; a guide must share the "
-                      "policy's tokenizer")
+        raise BadData(f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean "
+                      f"other pieces, the first {other[0]}, {piece_b!r} against {piece_a!r}; a guide must "
+                      "share the policy's tokenizer")
 
 
 # Files to pairs
@@ -486,14 +491,15 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     """Reads files of preference rows into ([Pair], Counts).
 
     paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
-    of the prompt alone. Raises BadData for a file or template that cannot be used, for rows that cannot be read
-    (skip_bad_rows drops these), and where no pair is left.
+    of the prompt alone. Raises BadData for a file or template that cannot be used, for rows that cannot be
+    read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
+    clip = (max_length + 1) * tokenizer.longest     # more characters are more than max_length tokens
     outcomes = []       # (file, row, Pair or BadRow or Dropped, responses cut, responses tokenised apart)
     with ThreadPoolExecutor(1) as pool, Renderer(tokenizer) as renderer:
         def render_some():
-            return [(path, row, texts_of(value, tokenizer, renderer))
+            return [(path, row, texts_of(value, tokenizer, renderer, clip))
                     for path, row, value in itertools.islice(rows, CHUNK)]
         ahead = pool.submit(render_some)
         while chunk := ahead.result():
@@ -517,8 +523,11 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     return pairs, Counts(len(outcomes), len(pairs), cut, boundary, dropped)
 
 
-def texts_of(row, tokenizer, renderer):
-    """One row's texts: (prompt, scored text of each response, id that ends each), or why it has none."""
+def texts_of(row, tokenizer, renderer, clip):
+    """One row's texts: (prompt, scored text of each response, id that ends each), or why it has none.
+
+    A response of more than `clip` characters is cut there, which ends it without an id.
+    """
     try:
         prompt, *replies = preference_of(row)
         control = tokenizer.control.search("\0".join([message["content"] for message in prompt] + replies))
@@ -527,7 +536,11 @@ def texts_of(row, tokenizer, renderer):
         if not all(reply.strip() for reply in replies):
             return Dropped("empty response")
         before, *full = renderer.render(prompt, replies)
-        return before, *zip(*(tokenizer.scored(before, *both) for both in zip(full, replies)))
+        if len(before) > clip:
+            return Dropped(f"prompt too long: {len(before)} characters")
+        texts, ends = zip(*(tokenizer.scored(before, *both) for both in zip(full, replies)))
+        return before, [text[:clip] for text in texts], [
+            end if len(text) <= clip else None for text, end in zip(texts, ends)]
     except BadRow as error:
         return error
 
@@ -541,22 +554,21 @@ def pairs_of(chunk, tokenizer, max_length, max_prompt_length):
         cut = apart = 0
         if not isinstance(outcome, Exception):
             (text, _, ends), (prompt, responses, apart) = outcome, next(encoded)
-            room = max_length - len(prompt)
-            chosen, rejected = ([*ids, end] for ids, end in zip(responses, ends))
-            cut = (len(chosen) > room) + (len(rejected) > room)
-            pair = Pair(np.array(prompt, np.int32), np.array(chosen[:max(room, 0)], np.int32),
-                        np.array(rejected[:max(room, 0)], np.int32), f"{path}:{row}")
+            room = max(max_length - len(prompt), 0)
+            cut = sum(end is None or len(ids) >= room for ids, end in zip(responses, ends))
+            chosen, rejected = (np.array((ids if end is None else [*ids, end])[:room], np.int32)
+                                for ids, end in zip(responses, ends))
             written = len(tokenizer.control.findall(text))      # the template's own control tokens
             if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > written:
                 outcome = Dropped("control token in the text: it appears as the tokenizer normalises")
             elif len(prompt) > max_prompt_length:
                 outcome = Dropped(f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}")
-            elif room < 1:
+            elif room == 0:
                 outcome = Dropped(f"prompt fills the context: {len(prompt)} tokens of {max_length}")
-            elif np.array_equal(pair.chosen, pair.rejected):
-                outcome = Dropped("equal responses" + " after the cut" * bool(cut))
+            elif np.array_equal(chosen, rejected):
+                outcome = Dropped("equal responses after the cut" if cut else "equal responses")
             else:
-                outcome = pair
+                outcome = Pair(np.array(prompt, np.int32), chosen, rejected, f"{path}:{row}")
         kept = isinstance(outcome, Pair)
         outcomes.append((path, row, outcome, cut * kept, apart * kept))
     return outcomes
@@ -640,7 +652,7 @@ def collate(pairs, share_prompt=True):
 
 
 def deal(lengths, world_size, micro_tokens):
-    """Deals an optimiser step's pairs to ranks and micro-batches: [rank][micro-batch] -> indices of `lengths`.
+    """Deals a step's pairs to ranks and micro-batches: [rank][micro-batch] -> indices of `lengths`.
 
     lengths: tokens of each pair. Longest first, each to the least loaded of world_size * m micro-batches
     (Graham's LPT rule), with the smallest m for which each holds micro_tokens at most; a longer pair stands

@@ -17,7 +17,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 MEMORY = 1 << 30        # bytes of address space
-SECONDS = 5             # of processor time a row, so that a busy machine stops no honest template
+SECONDS = 3             # of processor time a row, so that a busy machine stops no honest template
 TODAY = datetime.datetime(2024, 7, 26)
 
 
@@ -128,6 +128,6 @@ def main():
 if __name__ == "__main__":
     version = importlib.metadata.version("jinja2")
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 1, 6):
-        print(json.dumps({"template": f"jinja2 {version} has known holes in its sandbox; pip install -U jinja2"}))
+        print(json.dumps({"template": f"jinja2 {version} has a leaky sandbox; pip install -U jinja2"}))
     else:
         main()

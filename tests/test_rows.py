@@ -1,0 +1,195 @@
+"""Rows of every accepted form, truncation, drops and their counts."""
+import json
+import sys
+
+import numpy as np
+import pytest
+from tiny_tokenizers import llama3, row, write_rows
+from tokenizers import normalizers
+
+import data
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return data.load_tokenizer(llama3(tmp_path_factory.mktemp("model")))
+
+
+def load(tokenizer, path, *rows):
+    return data.load_pairs([write_rows(path, *rows)], tokenizer, 1000, 900)
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+def part(text, key="text"):
+    return {"type": "text", key: text}
+
+
+USER, SYSTEM = said("user", "Hi"), said("system", "Be kind.")
+CHOSEN, REJECTED = said("assistant", "hello"), said("assistant", "there")
+EARLIER = [USER, said("assistant", "Yes?"), said("user", "Go on")]
+ONE_TURN, WITH_SYSTEM, TURNS = "user:Hi", "system:Be kind.|user:Hi", "user:Hi|assistant:Yes?|user:Go on"
+FORMS = {
+    "strings": (row(), ONE_TURN),
+    "instruction": ({"instruction": "Hi", "chosen": "hello", "rejected": "there"}, ONE_TURN),
+    "instruction and input": ({"instruction": "Add", "input": "1", "chosen": "hello", "rejected": "there"},
+                              "user:Add\n1"),
+    "prompt and query": (row("Add", query="1", input=""), "user:Add\n1"),
+    "prompt and system": (row(system="Be kind."), WITH_SYSTEM),
+    "null fields": (row(input=None, system=None, instruction=None, conversations=None), ONE_TURN),
+    "lists with the prompt": ({"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, ONE_TURN),
+    "UltraFeedback": (row("Hi", [USER, CHOSEN], [USER, REJECTED], prompt_id="a", messages=[USER, CHOSEN],
+                          score_chosen=8.5), ONE_TURN),
+    "lists with system and turns": ({"chosen": [SYSTEM, *EARLIER, CHOSEN],
+                                     "rejected": [SYSTEM, *EARLIER, REJECTED]}, "system:Be kind.|" + TURNS),
+    "prompt as messages, replies as lists": (row(EARLIER, [CHOSEN], [REJECTED]), TURNS),
+    "prompt as messages, replies as strings": (row([SYSTEM, USER]), WITH_SYSTEM),
+    "prompt as messages, replies with it": (row([USER], [USER, CHOSEN], [USER, REJECTED]), ONE_TURN),
+    "a list and a string": (row([USER], [CHOSEN], "there"), ONE_TURN),
+    "ShareGPT": ({"conversations": [{"from": "system", "value": "Be kind."},
+                                    {"from": "human", "value": "Hi"}],
+                  "chosen": {"from": "gpt", "value": "hello"},
+                  "rejected": {"from": "gpt", "value": "there"}}, WITH_SYSTEM),
+    "ShareGPT and system": ({"conversations": [{"from": "human", "value": "Hi"}], "system": "Be kind.",
+                             "chosen": {"from": "gpt", "value": "hello"}, "rejected": "there"}, WITH_SYSTEM),
+    "text parts": (row([said("user", [part("H"), part("i")])], [said("assistant", [part("hello")])],
+                       [REJECTED]), ONE_TURN),
+    "LLaMA-Factory v1": ({"chosen_messages": [said("user", [part("Hi", "value")], loss_weight=0.0),
+                                              said("assistant", [part("hello", "value")], loss_weight=1.0)],
+                          "rejected_messages": [said("user", [part("Hi", "value")]),
+                                                said("assistant", [part("there", "value")])]}, ONE_TURN),
+    "arrow's union of fields": (row([said("user", "Hi", **{"from": None, "value": None})]), ONE_TURN),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, tmp_path, tokenizer):
+    value, messages = FORMS[form]
+    prompt, chosen, rejected = data.preference_of(value)
+    assert "|".join(f"{message['role']}:{message['content']}" for message in prompt) == messages
+    assert (chosen, rejected) == ("hello", "there")
+
+
+def test_files_of_every_kind_give_the_same_pairs(tmp_path, tokenizer):
+    rows = [row(f"Hi\u2028\x85{i}", "hello \u2029", "there") for i in range(3)]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    files = {
+        "plain.jsonl": b"\n".join(lines), "bom.jsonl": b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n",
+        "crlf.jsonl": b"\r\n".join(lines), "array.json": b" [" + b",\n".join(lines) + b"]\n",
+        "array.jsonl": b"\xef\xbb\xbf\n[" + b",".join(lines) + b"]", "lines.json": b"\n".join(lines),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        pairs, counts = data.load_pairs([tmp_path / name], tokenizer, 1000, 900)
+        assert [pair.source for pair in pairs] == [f"{tmp_path / name}:{i}" for i in (1, 2, 3)]
+        assert counts == data.Counts(3, 3, 0, 0, [])
+        if name == "plain.jsonl":
+            expected = data.fingerprint(pairs)
+        assert data.fingerprint(pairs) == expected, name
+    assert "\u2028\x85" in tokenizer.decode(pairs[0].prompt)
+
+
+def test_rows_of_a_file_of_lines_are_its_lines(tmp_path, tokenizer):
+    pairs, counts = load(tokenizer, tmp_path / "a.jsonl", "", row(), "  \r", row("again"))
+    assert [pair.source.rsplit(":", 1)[1] for pair in pairs] == ["2", "4"] and counts.rows == 2
+
+
+def test_several_files_are_read_one_after_another(tmp_path, tokenizer):
+    files = [write_rows(tmp_path / "a.jsonl", row(), row(chosen=" ")),
+             write_rows(tmp_path / "b.json", [row()])]
+    pairs, counts = data.load_pairs(files, tokenizer, 1000, 900)
+    assert [pair.source for pair in pairs] == [f"{files[0]}:1", f"{files[1]}:1"]
+    assert counts == data.Counts(3, 2, 0, 0, [{"file": str(files[0]), "row": 2, "reason": "empty response"}])
+
+
+def test_more_rows_than_are_tokenised_at_a_time_keep_their_order(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 3)
+    rows = [row("Hi", "x" * i, "there") for i in range(1, 9)]
+    pairs, counts = load(tokenizer, tmp_path / "a.jsonl", *rows, row(chosen=""))
+    assert [len(pair.chosen) for pair in pairs] == list(range(2, 10)) and counts.rows == 9
+
+
+def test_long_responses_are_cut_at_the_end(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", row(chosen="a b c d", rejected="x"))
+    (whole,), _ = data.load_pairs([path], tokenizer, 1000, 900)
+    room = len(whole.chosen)
+    for lost in (0, 1, 3):
+        (pair,), counts = data.load_pairs([path], tokenizer, len(whole.prompt) + room - lost, 900)
+        assert pair.chosen.tolist() == whole.chosen[:room - lost].tolist()
+        assert pair.rejected.tolist() == whole.rejected.tolist()
+        assert pair.prompt.tolist() == whole.prompt.tolist()
+        assert counts.cut == (lost > 0)
+        assert (pair.chosen[-1] in tokenizer.end_ids) == (lost == 0)
+        assert pair.chosen.dtype == np.int32
+
+
+def test_drops_are_counted_and_listed(tmp_path, tokenizer):
+    (pair,), _ = load(tokenizer, tmp_path / "a.jsonl", row())
+    limit = len(pair.prompt) + 6
+    rows = [
+        (row(), None),
+        (row("Hi" * 50), f"prompt too long: {len(pair.prompt) + 98} tokens, at most {limit}"),
+        (row("Hi" + "i" * 6), f"prompt fills the context: {limit} tokens of {limit}"),
+        (row(chosen=""), "empty response"),
+        (row(rejected=" \n\u3000"), "empty response"),
+        (row(chosen="same", rejected="same"), "equal responses"),
+        (row(chosen="same", rejected=" same "), "equal responses"),
+        (row(chosen="abcdefgh", rejected="abcdefzz"), "equal responses after the cut"),
+        (row("a <|eot_id|> b"), "control token in the text: <|eot_id|>"),
+        (row(chosen="x<|end_of_text|>"), "control token in the text: <|end_of_text|>"),
+        (row([said("system", "<|begin_of_text|>"), USER]), "control token in the text: <|begin_of_text|>"),
+        (row([said("user", [part("<|eot"), part("_id|>")])]), "control token in the text: <|eot_id|>"),
+    ]
+    path = str(write_rows(tmp_path / "a.jsonl", *(value for value, _ in rows)))
+    pairs, counts = data.load_pairs([path], tokenizer, limit, limit)
+    assert counts.dropped == [{"file": path, "row": i, "reason": reason}
+                              for i, (_, reason) in enumerate(rows, 1) if reason]
+    assert (counts.rows, counts.kept, counts.cut) == (12, 1, 0)
+    assert [pair.source for pair in pairs] == [path + ":1"]
+
+
+def test_no_text_becomes_a_control_token_as_the_tokenizer_normalises(tmp_path):
+    directory = llama3(tmp_path / "model")
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "NFKC"}
+    for token in state["added_tokens"]:
+        token["normalized"] = True
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = data.load_tokenizer(directory)
+    wide = "\uff1c\uff5ceot\uff3fid\uff5c\uff1e"
+    assert normalizers.NFKC().normalize_str(wide) == "<|eot_id|>"
+    rows = [row(), row(wide), row(chosen="x " + wide), row(rejected=wide + wide)]
+    pairs, counts = load(tokenizer, tmp_path / "a.jsonl", *rows)
+    assert len(pairs) == 1
+    assert {drop["reason"].split(":")[0] for drop in counts.dropped} == {"control token in the text"}
+
+
+def test_no_pair_left(tmp_path, tokenizer):
+    with pytest.raises(data.BadData) as error:
+        load(tokenizer, tmp_path / "a.jsonl", row(chosen=""), row(rejected=""), row(chosen="there"))
+    said = "no pair is left of 3 rows: 2 empty response, 1 equal responses"
+    assert str(error.value) == f"{tmp_path / 'a.jsonl'}: {said}"
+
+
+def test_parquet(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    rows = [row([USER], [CHOSEN], [REJECTED]), row([USER], [CHOSEN], [said("assistant", "")])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    pairs, counts = data.load_pairs([tmp_path / "a.parquet"], tokenizer, 1000, 900)
+    assert [pair.source for pair in pairs] == [f"{tmp_path / 'a.parquet'}:1"]
+    assert counts.dropped[0]["row"] == 2
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(data.BadData, match="b.parquet: is no parquet file that pyarrow reads"):
+        data.load_pairs([tmp_path / "b.parquet"], tokenizer, 1000, 900)
+
+
+def test_parquet_without_pyarrow(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(data.BadData) as error:
+        data.load_pairs([tmp_path / "a.parquet"], tokenizer, 1000, 900)
+    said = "needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
+    assert str(error.value) == f"{tmp_path / 'a.parquet'}: {said}"
