@@ -441,7 +441,8 @@ def whole_run(options, ranks, out):
     for line in preview.warnings(options, contexts, pairs, eval_pairs):
         say(line, ranks.rank)
     if options.dry_run:
-        processes.first(lambda: preview.show(options, tokenizer, pairs, eval_pairs, counts, plan, ranks.world))
+        processes.first(lambda: preview.show(options, tokenizer, pairs, eval_pairs, counts, plan, ranks.world,
+                                             model.read_config(source)))
         return
 
     if options.overwrite:

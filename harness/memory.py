@@ -1,14 +1,18 @@
 """The memory plan: what a rank will hold, from the configuration alone, and what is chosen from it.
 
-Counted in bytes, for FSDP2 with float32 master shards: W ranks share the weights, C is the compute type's width.
+Counted in bytes of what is alive, for FSDP2 with float32 master shards; `width` is the compute type's bytes.
+What an allocator keeps of freed memory comes on top: on CPU up to as much again, on CUDA see SHARE.
 """
 
 from typing import NamedTuple
 
-CPU_TOKENS = 4096           # tokens of a micro-batch on CPU: fixed, so that a run repeats itself on another machine
+CPU_TOKENS = 4096           # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run
 CUDA_TOKENS = 16384         # and at most on CUDA; larger packs gain nothing
-SHARE = 0.85                # of a GPU's memory that the plan may fill; the rest is for fragments and the library
+ENOUGH_TOKENS = 4096        # on CUDA: rather than with fewer, activations are computed again
+SHARE = 0.85                # of a GPU's memory that the plan may fill; the rest is for fragments, the library
 CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20     # float32 logits alive at once: model.chunk_rows' budgets
+GPU = 80 * 10**9            # a GPU's memory, for the table of a machine that has none
+TABLE = (1, 2, 4, 8, 16, 32, 64)                # numbers of ranks
 
 
 class Plan(NamedTuple):
@@ -17,8 +21,9 @@ class Plan(NamedTuple):
     micro_tokens_forward: int       # and where it only needs log-probs
     recompute: str                  # activation checkpointing: none, selective (every second block) or full
     compile: bool
-    parts: dict                     # what a rank holds, name -> bytes
+    parts: dict                     # what a rank holds at its fullest, name -> bytes
     longest: int                    # tokens of the longest pair
+    room: int                       # the GPU's bytes; 0 on CPU
 
     def recomputes(self, layer):
         """Whether block number `layer` computes its activations again in the backward pass."""
@@ -29,65 +34,97 @@ def parameters(config):
     """(embedding and head, one block): numbers of parameters."""
     C, H, K, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     block = C * (2 * H + 2 * K) * D + 3 * C * config.intermediate_size + 2 * C
-    block += config.attention_bias * ((H + 2 * K) * D + C) + config.mlp_bias * (2 * config.intermediate_size + C)
+    block += config.attention_bias * ((H + 2 * K) * D + C)
+    block += config.mlp_bias * (2 * config.intermediate_size + C)
     root = config.vocab_size * C * (1 if config.tie_word_embeddings else 2) + C
     return root, block
 
 
-def activation_bytes(config, width, recompute):
-    """Bytes a token leaves for the backward pass over all blocks: what each block saves, or only its input."""
-    C, I = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    norms = 2 * (4 + 2 * width) * C                         # float32 input, normalised, and the output
-    attention = width * (2 * heads + 3 * kv_heads)          # q, keys and values with the prompt twice, the output
-    mlp = width * 4 * I                                     # gate, up, silu(gate) and their product
-    kept, again = norms + attention + mlp, width * C
-    layers = config.num_hidden_layers
-    full = {"none": layers, "selective": layers - layers // 2, "full": 1}[recompute]
-    return full * kept + (layers - full) * again + 3 * width * C
+def activation_bytes(config, width, cuda, compiled):
+    """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there."""
+    C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
+    norm = (2 * width if compiled else 4 + 2 * width) * C       # float32 input, normalised, and the output
+    query = (2 if cuda else 3) * config.num_attention_heads * D     # and the output, once more on CPU
+    keys = 3 * config.num_key_value_heads * D                   # and values, half as many again for prompts
+    mlp = (3 if compiled else 4) * I                            # gate, up, silu(gate) and their product
+    return 2 * norm + width * (query + keys + mlp)
 
 
-def parts(config, world, width, tokens, recompute, cuda, offload=False):
-    """What a rank holds at its fullest while it trains: name -> bytes."""
+def parts(config, world, width, tokens, recompute, cuda, compiled):
+    """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
+    of four moments of the backward pass that is depends on the sizes."""
     root, block = parameters(config)
-    total = root + config.num_hidden_layers * block
-    shard = -(-total // world)
-    logits = CUDA_LOGITS if cuda else CPU_LOGITS
-    return {
-        "weights": 0 if offload else 4 * shard,
-        "gradients": 0 if offload else 4 * shard,
-        "optimiser": 0 if offload else 8 * shard,
-        "gathered": width * (root + 2 * block),             # the root stays gathered, a block and its successor
-        "gradients gathered": (width + 4) * max(root, 2 * block),
-        "activations": tokens * activation_bytes(config, width, recompute),
-        "logits": 2 * logits + 4 * config.vocab_size * config.hidden_size,
-    }
+    V, C, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    shard = -(-(root + layers * block) // world)
+    ahead = width * block if world > 1 else 0               # the next block is fetched while one is at work
+    kept = tokens * activation_bytes(config, width, cuda, compiled)
+    whole = {"none": layers, "selective": layers - layers // 2, "full": 0}[recompute]   # blocks that keep all
+    saved = whole * kept + tokens * ((layers - whole) * width + 4 + 3 * width) * C      # with the last norm's
+    again = 0 if recompute == "none" else kept              # computed again, a block at a time
+    passed = min(layers, {"none": 2, "selective": 1, "full": 0}[recompute]) * kept      # kept by the last two
+    mlp = tokens * width * (2 * config.intermediate_size + 2 * C)                   # gradients within a block
+    chunks = max(1, -(-4 * V * tokens // (CUDA_LOGITS if cuda else CPU_LOGITS)))
+    chunk = 4 * V * tokens // chunks                        # of logits: two in the forward pass; then also
+    logits = max(2 * chunk, chunk + chunk // 2 * (width < 4) + 4 * V * C)   # in `width`, the head's gradient
+
+    def moment(gathered, gradients, activations, logits=0):
+        return {"gathered": gathered, "gathered gradients": gradients, "activations": activations,
+                "logits": logits}
+
+    fullest = max(
+        # The head's backward pass.
+        moment(width * root + ahead, 0, saved, logits),
+        # The last block's: nothing is let go yet.
+        moment(width * (root + block) + ahead, width * V * C, saved + again + mlp),
+        # Late in the one before: its gradients, a third of what it kept, the last one's in the sum's buffer.
+        moment(width * root + max(width, 4 // world) * block + ahead, width * V * C + (width + 4) * block,
+               saved - passed + kept // 3),
+        # The end: the buffer of the sum for embedding and head, with their gradients or this rank's rows.
+        moment(0, (4 + max(width, 4 // world)) * root, 0),
+        key=lambda held: sum(held.values()))
+    return {"weights": 4 * shard, "gradients": 4 * shard, "optimiser": 8 * shard} | fullest
 
 
-def make(config, options, shards, device_type, width, longest, memory):
-    """Plan for `shards` ranks a copy. longest: tokens of the longest pair; memory: a GPU's bytes (unused on CPU)."""
+def make(config, options, shards, device_type, width, longest, room):
+    """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU."""
     cuda = device_type == "cuda"
-    asked = options.activation_checkpointing
-    choices = ("none", "selective", "full") if asked == "auto" and cuda else ("none",) if asked == "auto" else (asked,)
-    offload = options.cpu_offload and cuda
-    for recompute in choices:
-        tokens = options.micro_tokens or (CUDA_TOKENS if cuda else CPU_TOKENS)
-        held = parts(config, shards, width, 0, recompute, cuda, offload)
-        if cuda and not options.micro_tokens:
-            room = SHARE * memory - sum(held.values())
-            tokens = min(tokens, int(room // activation_bytes(config, width, recompute)))
-        if tokens >= min(max(longest, 8192), CUDA_TOKENS) or not cuda:
-            break
-    tokens = max(tokens, longest, 1)
-    held = parts(config, shards, width, tokens, recompute, cuda, offload)
     compiled = cuda if options.compile is None else options.compile
-    return Plan(tokens, max(tokens, 2 * tokens if cuda else tokens), recompute, compiled, held, longest)
+    most = max(longest, options.micro_tokens or (CUDA_TOKENS if cuda else CPU_TOKENS))
+    least = most if options.micro_tokens else longest
+    asked = options.activation_checkpointing
+    choices = (asked,) if asked != "auto" else ("none", "selective", "full") if cuda else ("none",)
+    tries = [(tokens, recompute) for recompute in choices
+             for tokens in range(most, min(most, max(least, ENOUGH_TOKENS)) - 1, -256)]
+    tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
+    for tokens, recompute in tries:
+        held = parts(config, shards, width, tokens, recompute, cuda, compiled)
+        if options.cpu_offload and cuda:
+            held |= {"weights": 0, "gradients": 0, "optimiser": 0}
+        if not cuda or sum(held.values()) <= SHARE * room:
+            break
+    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room)
 
 
 def lines(plan, world):
     """The plan for a person: one line a part, in GB."""
-    total = sum(plan.parts.values())
     rows = [f"  {name:<20}{size / 1e9:10.3f} GB" for name, size in plan.parts.items()]
-    return [f"memory of a rank (of {world}), planned:", *rows, f"  {'together':<20}{total / 1e9:10.3f} GB",
+    total = f"  {'together':<20}{sum(plan.parts.values()) / 1e9:10.3f} GB"
+    if plan.room:
+        total += f" of the GPU's {plan.room / 1e9:.0f}"
+    return [f"memory of a rank (of {world}), planned:", *rows, total,
             f"micro-batches of {plan.micro_tokens} tokens, activation checkpointing {plan.recompute}, "
             f"compile {'on' if plan.compile else 'off'}"]
+
+
+def table(config, options, plan):
+    """What the plan would be for other numbers of GPUs, a line each."""
+    room, width = plan.room or GPU, 4 if options.dtype == "float32" else 2
+    rows = [f"planned for GPUs of {room / 1e9:.0f} GB:",
+            "    ranks   weights, gradients, optimiser   together   micro-batch   checkpointing"]
+    for ranks in TABLE:
+        other = make(config, options, ranks, "cuda", width, plan.longest, room)
+        held = other.parts.values()
+        rows.append(f"  {ranks:>7}{sum(list(held)[:3]) / 1e9:>29.1f} GB{sum(held) / 1e9:>8.1f} GB"
+                    f"{other.micro_tokens:>14}   {other.recompute}"
+                    + (f", more than {SHARE:.0%}" if sum(held) > SHARE * room else ""))
+    return rows

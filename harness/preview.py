@@ -30,8 +30,8 @@ def warnings(options, contexts, pairs, eval_pairs):
     return lines
 
 
-def show(options, tokenizer, pairs, eval_pairs, counts, plan, world):
-    """Print the preview; pairs are data.Pair, plan a memory.Plan, world the number of ranks."""
+def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
+    """Print the preview; pairs are data.Pair, plan a memory.Plan, world the number of ranks, config the model's."""
     for line in counts_lines(counts):
         say(line)
     pair = pairs[0]
@@ -44,5 +44,5 @@ def show(options, tokenizer, pairs, eval_pairs, counts, plan, world):
     stages = 2 if options.loss == "tgdpo" and options.guide is None else 1
     say(f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {steps} steps of {options.batch_size} pairs"
         + (", in each of two stages" if stages == 2 else ""))
-    for line in memory.lines(plan, world):
+    for line in memory.lines(plan, world) + memory.table(config, options, plan):
         say(line)
