@@ -35,7 +35,7 @@ RECORD = ("dropped.jsonl", "run.json", "config.toml")       # written before the
 # In this order they are removed: a run that is resumed from what a kill left of them goes on as it should.
 RESULTS = ("checkpoints", "guide", "policy", "metrics.jsonl", "tokens.jsonl", "samples.json", "report.html", *RECORD)
 _held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
-_made = set()                           # directories that this process made
+_claimed = {}                           # directory -> "absent", "empty" or "used": what it was before
 
 
 class Stopped(Exception):
@@ -300,12 +300,13 @@ def claim(options):
 
 def withdraw(out):
     """Rank 0 removes what the start of a run left in the directory it claimed, unless there are results."""
-    if dist.get_rank() or any(os.path.lexists(os.path.join(out, name)) for name in RESULTS if name not in RECORD):
+    before = _claimed.get(out, "used")      # rank 0 alone knows
+    if before == "used" or any(os.path.lexists(os.path.join(out, name)) for name in RESULTS if name not in RECORD):
         return
     with contextlib.suppress(OSError):
         for name in RECORD:
             _remove(os.path.join(out, name))
-        if out in _made:
+        if before == "absent":
             os.remove(os.path.join(out, ".lock"))
             os.rmdir(out)       # stays where there is anything else in it
 
@@ -313,12 +314,11 @@ def withdraw(out):
 def _claim(options):
     out = options.out
     try:
+        there = out is not None and os.path.isdir(out)
         if out is None:
             path = os.path.abspath(os.path.join("runs", options.name))
             out = _numbered(path, existing=options.resume or options.overwrite)
-        if not os.path.isdir(out):
-            os.makedirs(out)
-            _made.add(out)
+        os.makedirs(out, exist_ok=True)
         _lock(out)
     except FileExistsError:
         raise BadOption(f"--out {out}: is a file; give a directory") from None
@@ -330,6 +330,7 @@ def _claim(options):
                         "give --resume, --overwrite or another directory")
     for name in RESULTS:
         _remove(os.path.join(out, f"{name}.tmp"))       # what a kill left half written
+    _claimed[out] = "used" if found else "empty" if there else "absent"
     return out
 
 
@@ -344,7 +345,6 @@ def _numbered(path, existing):
     while True:
         try:
             os.mkdir(name)
-            _made.add(name)
             return name
         except FileExistsError:
             number += 1

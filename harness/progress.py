@@ -55,6 +55,8 @@ class Progress:
         if rank == 0 and sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm.tqdm(total=total, desc=title, initial=start, dynamic_ncols=True,
                                  bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}")
+            if self.bar.ncols is not None and self.bar.ncols < 1:       # a terminal that does not know its size; the bar would be empty
+                self.bar.dynamic_ncols, self.bar.ncols, self.bar.nrows = None, 80, None
 
     def advance(self, count=1, **figures):
         """`count` more are done; figures are shown beside: loss, margin, accuracy, tokens_per_second, mfu."""

@@ -49,12 +49,13 @@ def _rank(rank, world, port, arguments, log, fault):
     os._exit(status)
 
 
-def start(world, arguments, log, fault=None):
-    """Starts the ranks and returns their processes. fault: a module-level function of the rank, called first."""
+def start(world, arguments, log, fault=None, only=None, port=None):
+    """Starts the ranks and returns their processes. fault: a module-level function of the rank, called first.
+    only: the ranks to start, all by default."""
     start_server()
-    port = free_port()
+    port = port or free_port()
     processes = [SERVER.Process(target=_rank, args=(rank, world, port, arguments, str(log), fault))
-                 for rank in range(world)]
+                 for rank in (range(world) if only is None else only)]
     for process in processes:
         process.start()
     return processes
