@@ -341,6 +341,7 @@ def train(run, stage, directory):
     def save():
         nonlocal saved
         if step != saved:
+            net.reshard()       # in an evaluation the root is gathered, and its parameters are not the optimiser's
             epoch, position = divmod(step, per_epoch)
             checkpoint.save(checkpoints, step, training_state(net, optimiser), {
                 "identity": run.identity | {"stage": stage.loss}, "steps": total, "epoch": epoch,

@@ -55,8 +55,8 @@ def results(out):
 
 
 def die_at(out, touch, log, rank):
-    """Called in a rank before it runs: kills it right before it touches `out` for the touch-th time, and notes in
-    `log` what it was about to do."""
+    """Called in a rank before it runs: kills it right before it touches `out` for the touch-th time, or in the way that
+    the regular expression `touch` says, and notes in `log` what it was about to do."""
     count = 0
 
     def watch(event, given):
@@ -66,17 +66,18 @@ def die_at(out, touch, log, rank):
         if event == "open" and not (isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
         count += 1
-        if count == touch:
+        what = f"{event} {os.path.relpath(given[0], out)}"
+        if count == touch or isinstance(touch, str) and re.fullmatch(touch, what):
             with open(log, "a") as file:
-                file.write(f"{event} {os.path.relpath(given[0], out)}\n")
+                file.write(what + "\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
 
 
 def run_and_kill(arguments, out, world, log, seconds=None, touch=None):
-    """One start with --resume, killed after `seconds` or at rank 0's touch-th access to `out`. -> whether it was; a
-    run that ends by itself must end well."""
+    """One start with --resume, killed after `seconds` or by die_at. -> whether it was; a run that ends by itself must
+    end well."""
     fault = touch and functools.partial(die_at, str(out), touch, f"{log}.touches")
     processes = ranks.start(world, [*arguments, "--out", out, "--resume"], log, fault)
     connection.wait([process.sentinel for process in processes], seconds)
@@ -106,7 +107,7 @@ def kill_loop(directory, kills, world=1, seed=0, plan=None):
         elif plan:
             how = plan[done]
         else:
-            how = draw.choice([{"seconds": draw.uniform(0, whole_run)}, {"touch": draw.randint(1, 150)}])
+            how = draw.choice([{"seconds": draw.uniform(0, whole_run)}, {"touch": draw.randint(1, 90)}])
         if run_and_kill(arguments, out, world, log, **how):
             done += 1
             continue

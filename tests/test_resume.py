@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import ranks
 import train
+from harness import processes
 from tiny_world import TEMPLATE, make_checkpoint, make_pairs
 
 SETTINGS = ["--beta", "0.3", "--lr", "2e-3", "--epochs", "2", "--batch-size", "4", "--max-length", "128",
@@ -90,6 +91,58 @@ def test_sigusr1_saves_and_goes_on(world, tmp_path):
     assert run_and_stop(world, out, "tgdpo", 2, signal.SIGUSR1, "--save-every", 0) == 0
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-2", "step-6"]
     assert_bit_equal(out, world / "whole")
+
+
+def test_a_signal_in_an_evaluation_saves_first(world, tmp_path, monkeypatch, capfd):
+    """The steps since the last checkpoint are not lost."""
+    out, plain = tmp_path / "out", train.log_probs
+
+    def signalled(run, net, pairs, title, *save):
+        if title == "evaluation":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+        return plain(run, net, pairs, title, *save)
+
+    monkeypatch.setattr(train, "log_probs", signalled)
+    assert train.main(arguments(world, out, "--save-every", 0)) == 143
+    assert "SIGTERM: stopped; dpo step 2 of 6 is saved" in capfd.readouterr().err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
+    monkeypatch.undo()
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert_bit_equal(out, world / "whole")
+
+
+def test_a_resumed_run_keeps_no_more_checkpoints_than_asked(world, tmp_path):
+    """Killed between the last save and the removal of the checkpoints before: nothing is saved again."""
+    out = tmp_path / "out"
+    shutil.copytree(world / "whole", out)
+    for name in ("step-4", "step-5", "step-3.tmp"):
+        shutil.copytree(out / "checkpoints/step-6", out / "checkpoints" / name)
+    assert train.main(arguments(world, out, "--resume", "--keep", 2)) == 0
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-5", "step-6"]
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3])
+def test_an_overwrite_that_was_killed_resumes_as_from_the_start(world, tmp_path, monkeypatch, renames):
+    """At any point of the removal: no half of an old result is taken for a whole one."""
+    out, plain, calls = tmp_path / "out", os.rename, []
+    shutil.copytree(world / "whole", out)
+
+    def rename(*given):
+        if str(given[0]).startswith(str(out)):
+            calls.append(given)
+            if len(calls) > renames:
+                raise KeyboardInterrupt
+        plain(*given)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(world, out, "--overwrite"))
+    monkeypatch.undo()
+    processes.stop()
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert_bit_equal(out, world / "whole")
+    assert not list(out.glob("*.tmp"))
 
 
 def test_nothing_to_resume_starts_from_the_beginning_and_says_so(world, tmp_path, capfd):
