@@ -17,6 +17,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent)]
 import torch
 
 import model
+from harness import weights
 
 VALUES = [None, True, False, 0, -1, 1, 2, 3, 7, 1 << 30, 1 << 40, -1e308, 1e-320, float("nan"), float("inf"), "", "x", "silu",
           [], [[]], {}, {"a": 1}, ["LlamaForCausalLM"], ["MistralForCausalLM"], {"rope_type": "linear", "factor": 0},
@@ -57,13 +58,13 @@ def fuzz(good, seed, rounds):
     """Returns the number of rounds that ended in a loaded model or one line; anything else raises."""
     rng, ended = random.Random(seed), 0
     config = (good / "config.json").read_bytes()
-    weights = (good / model.SINGLE).read_bytes()
+    weights = (good / weights.SINGLE).read_bytes()
     for _ in range(rounds):
         began = time.monotonic()
         if rng.random() < 0.5:
             (good / "config.json").write_text(json.dumps(mutated_json(json.loads(config), rng)))
         else:
-            (good / model.SINGLE).write_bytes(mutated_bytes(weights, rng))
+            (good / weights.SINGLE).write_bytes(mutated_bytes(weights, rng))
         try:
             model.check(str(good))
             model.load_model(str(good))
@@ -72,7 +73,7 @@ def fuzz(good, seed, rounds):
         assert time.monotonic() - began < 5
         ended += 1
         (good / "config.json").write_bytes(config)
-        (good / model.SINGLE).write_bytes(weights)
+        (good / weights.SINGLE).write_bytes(weights)
     return ended
 
 
