@@ -30,8 +30,8 @@ from examples.tiny import language
 from examples.tiny.sample import sample
 from harness import options as option_table, processes
 
-LR, BATCH, BETA, ALPHA = 3e-4, 32, 0.1, 1.0
-FULL = {"seeds": 5, "steps": 192, "points": 8, "guide_steps": 64, "pairs": 512, "sizes": (256, 2048), "prompts": 64,
+LR, BATCH, BETA, ALPHA = 8e-4, 32, 0.1, 1.0
+FULL = {"seeds": 5, "steps": 128, "points": 4, "guide_steps": 48, "pairs": 512, "sizes": (256, 2048), "prompts": 48,
         "alphas": (0.25, 0.5, 1.0, 2.0, 4.0)}
 QUICK = {"seeds": 1, "steps": 2, "points": 1, "guide_steps": 1, "pairs": 32, "sizes": (48,), "prompts": 2,
          "alphas": (0.5, 2.0)}
