@@ -599,9 +599,10 @@ def main(argv=None):
     except processes.Stopped as stop:
         return stop.status
     except Exception as error:
+        status = complain(error, ranks.rank if ranks else 0)
         if out and isinstance(error, BAD_INPUT):
             processes.withdraw(out)
-        return complain(error, ranks.rank if ranks else 0)
+        return status
     finally:
         processes.stop()
 

@@ -117,7 +117,6 @@ def same_run(path, there, here):
 
 def drop_stage(directory, stage):
     """Delete the checkpoints in `directory` whose identity names `stage`: it is over, its result stands."""
-    _delete_unfinished(Path(directory))
     for _, path in _standing(directory):
         if _is_whole(path) and read_state(path).get("identity", {}).get("stage") == stage:
             _delete(path)

@@ -145,6 +145,39 @@ def test_an_overwrite_that_was_killed_resumes_as_from_the_start(world, tmp_path,
     assert not list(out.glob("*.tmp"))
 
 
+def interrupt(monkeypatch, name, words):
+    """os.NAME raises before it touches a path with these words: as if the run were killed there."""
+    plain = getattr(os, name)
+
+    def interrupted(*given):
+        if words in str(given[0]):
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(os, name, interrupted)
+
+
+def test_what_stood_stands_until_the_new_is_whole(world, tmp_path, monkeypatch):
+    """A resumed run that is killed while it writes the settings or the policy again loses neither."""
+    out = tmp_path / "out"
+    shutil.copytree(world / "whole", out)
+    for name, words, kept in (("replace", "config.toml.tmp", "config.toml"), ("rename", "policy.tmp", "policy.old")):
+        interrupt(monkeypatch, name, words)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments(world, out, "--resume"))
+        monkeypatch.undo()
+        processes.stop()
+        one, other = out / kept, world / "whole" / kept.removesuffix(".old")
+        if kept == "config.toml":
+            assert one.read_text() == other.read_text()
+        else:
+            assert sorted(os.listdir(one)) == sorted(os.listdir(other))
+            assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert_bit_equal(out, world / "whole")
+    assert not list(out.glob("*.tmp")) and not list(out.glob("*.old"))
+
+
 def test_nothing_to_resume_starts_from_the_beginning_and_says_so(world, tmp_path, capfd):
     assert train.main(arguments(world, tmp_path / "out", "--resume")) == 0
     assert "nothing complete to resume from: starting from the beginning" in capfd.readouterr().out
