@@ -1,7 +1,7 @@
 """The memory plan: what a rank will hold, from the configuration alone, and what is chosen from it.
 
 Counted in bytes of what is alive, for FSDP2 with float32 master shards; `width` is the compute type's bytes.
-What an allocator keeps of freed memory comes on top: on CPU up to as much again, on CUDA see SHARE.
+What an allocator keeps of freed memory comes on top: on CPU it may more than double it, on CUDA see SHARE.
 """
 
 from typing import NamedTuple
