@@ -58,13 +58,13 @@ def fuzz(good, seed, rounds):
     """Returns the number of rounds that ended in a loaded model or one line; anything else raises."""
     rng, ended = random.Random(seed), 0
     config = (good / "config.json").read_bytes()
-    weights = (good / weights.SINGLE).read_bytes()
+    content = (good / weights.SINGLE).read_bytes()
     for _ in range(rounds):
         began = time.monotonic()
         if rng.random() < 0.5:
             (good / "config.json").write_text(json.dumps(mutated_json(json.loads(config), rng)))
         else:
-            (good / weights.SINGLE).write_bytes(mutated_bytes(weights, rng))
+            (good / weights.SINGLE).write_bytes(mutated_bytes(content, rng))
         try:
             model.check(str(good))
             model.load_model(str(good))
@@ -73,7 +73,7 @@ def fuzz(good, seed, rounds):
         assert time.monotonic() - began < 5
         ended += 1
         (good / "config.json").write_bytes(config)
-        (good / weights.SINGLE).write_bytes(weights)
+        (good / weights.SINGLE).write_bytes(content)
     return ended
 
 
