@@ -30,8 +30,9 @@ STRANGE = [None, True, -1, 1e308, "", "\ud800", "\0", "<|eot_id|>", "\u202e", "x
 TEMPLATE_PARTS = ["{{ ", " }}", "{% ", " %}", "{#", "#}", "for ", "if ", "endfor", "endif", "messages", "[0]",
                   ".content", "['role']", " | trim", " | tojson", "set x = ", "x + x", "namespace(a=1)",
                   "raise_exception('a')", "''.__class__", "range(9999)", " * 99999", "loop.index",
-                  "eos_token", "macro m()", "endmacro", "m()", "strftime_now('%Y')", "-", "\n", "'", "caller()", "\ud800",
-                  "generation", "endgeneration", "break", "{{ eos_token }}", "{% set x = 1 %}", " ", "x"]
+                  "eos_token", "macro m()", "endmacro", "m()", "strftime_now('%Y')", "-", "\n", "'",
+                  "caller()", "\ud800", "generation", "endgeneration", "break", "{{ eos_token }}",
+                  "{% set x = 1 %}", " ", "x"]
 
 
 def mutate(rng, value):

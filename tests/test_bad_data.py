@@ -109,6 +109,8 @@ ROWS = {        # why: (row, message behind file and row)
     "no content": (row([{"role": "user"}]), NO_TEXT % "prompt[1]" + "missing"),
     "image part": (row([message(content=[{"type": "image", "text": "a"}])]),
                    NO_TEXT % "prompt[1]" + "a list"),
+    "text and image": (row([message(content=[{"type": "text", "text": "a"}, {"type": "image"}])]),
+                       NO_TEXT % "prompt[1]" + "a list"),
     "no parts": (row([message(content=[])]), NO_TEXT % "prompt[1]" + "a list"),
     "message is text": (row(["Hi"]), "no message: `prompt[1]` must be an object with role and content"),
     "unknown role": (row([message("tool\x1b[31m")]), "unknown role: 'tool [31m' in `prompt[1]`" + KNOWN),
@@ -117,8 +119,9 @@ ROWS = {        # why: (row, message behind file and row)
     "no final assistant turn": (row(chosen=dialogue("user")), NO_RESPONSE),
     "response by the user": (row([message()], [message()], "b"), NO_RESPONSE),
     "empty lists": (row([], []), NO_RESPONSE),
-    "two users": (row(dialogue("user", "user")), "roles out of order: user, user, assistant in `chosen`; after "
-                  "a system message, if any, user and assistant speak in turn"),
+    "two users": (row(dialogue("user", "user")),
+                  "roles out of order: user, user, assistant in `chosen`; after a system message, if any, user "
+                  "and assistant speak in turn"),
     "late system": (row(dialogue("user", "assistant", "system", "user")),
                     "roles out of order: user, assistant, system, user, assistant in `chosen`; "),
     "no user": (row([]), "roles out of order: assistant in `chosen`"),
@@ -248,7 +251,7 @@ TEMPLATES = {       # why: (template, message behind its file's name)
                      "takes too long for one row"),
     "endless arithmetic": ("{{ 9 ** (9 ** 9) % 7 }}", "takes too long for one row"),
     "300 MB": ("{{ messages[0].content * 30000000 }}0123456789", TOO_MUCH),
-    "300 MB in a loop": ("{% for i in range(30000) %}{{ 'x' * 10000 }}{% endfor %}", TOO_MUCH),
+    "30 MB in a loop": ("{% for i in range(3000) %}{{ 'x' * 10000 }}{% endfor %}", TOO_MUCH),
     "doubling": ("{% set ns = namespace(x='ab') %}{% for i in range(99) %}"
                  "{% set ns.x = ns.x + ns.x %}{% endfor %}", TOO_MUCH),
 }

@@ -69,7 +69,7 @@ def test_pack_types():
 
 
 def realistic_lengths(count, seed):
-    """Pairs as on-policy UltraFeedback has them: 178 prompt tokens (median 110), 400 + 400 for the responses."""
+    """Pairs as on-policy UltraFeedback has them: 178 prompt tokens (median 110), responses of 400 each."""
     draw = np.random.RandomState(seed)
     prompt = draw.lognormal(np.log(110), 0.98, count).clip(10, 1800)
     responses = draw.lognormal(np.log(350), 0.5, (2, count)).clip(5, 1024).sum(0)

@@ -132,7 +132,7 @@ def test_date_is_fixed(tmp_path):
     ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
     ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
     ("{% set ns = namespace(a=1) %}{% for i in [1] %}{% set ns.a = 2 %}{% endfor %}{{ ns.a }}", "2"),
-    ("{{ dict(a=1) | tojson(indent=1) }}", '{\n "a": 1\n}'),
+    ("{{ dict(a=1) | tojson(indent=1) }}{{ dict.update is defined }}", '{\n "a": 1\n}False'),
     ("  {% if true %}\nx{% endif %}\n", "x"),
     ("{{ tools is defined and tools is none }}", "True"),
     ("{{ unknown }}|{{ add_generation_prompt }}|{{ eos_token }}", "|True|<|end_of_text|>"),
@@ -179,6 +179,24 @@ def test_a_named_token_is_control_even_if_the_tokenizer_calls_it_plain(tmp_path)
     (directory / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = data.load_tokenizer(directory)
     assert tokenizer.control.search("<|end_of_text|>") and not tokenizer.control.search("<|eot_id|>")
+
+
+def test_the_longest_control_token_counts(tmp_path):
+    tokenizer = data.load_tokenizer(mistral(tmp_path / "model", control=("<a>", "<a><b>")))
+    assert tokenizer.control.findall("<a> <a><b>") == ["<a>", "<a><b>"]
+
+
+def test_characters_without_a_piece_are_no_control_tokens(tmp_path):
+    """Where the tokenizer has no bytes to fall back on, they become <unk>, which stands for any text."""
+    directory = mistral(tmp_path / "model")
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["model"]["byte_fallback"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer, pair, _ = pair_of(directory, tmp_path, chosen="a\u4e00b")
+    assert pieces(tokenizer, pair.chosen) == ["▁", "a", "<unk>", "b", "</s>"]
+    path = write_rows(tmp_path / "rows.jsonl", row(chosen="a<unk>b"))
+    with pytest.raises(data.BadData, match="no pair is left of 1 rows: 1 control token in the text"):
+        data.load_pairs([path], tokenizer, 1000, 1000)
 
 
 def test_truncation_and_padding_of_the_tokenizer_file_are_off(tmp_path):
