@@ -316,12 +316,12 @@ def _claim(options):
     try:
         there = out is not None and os.path.isdir(out)
         if out is None:
-            path = os.path.abspath(os.path.join("runs", options.name))
-            out = _numbered(path, existing=options.resume or options.overwrite)
+            out = os.path.abspath(os.path.join("runs", options.name))
+            out = _numbered(out, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
         _lock(out)
-    except FileExistsError:
-        raise BadOption(f"--out {out}: is a file; give a directory") from None
+    except FileExistsError as error:
+        raise BadOption(f"--out {out}: {error.filename} is a file; give a directory") from None
     except OSError as error:
         raise BadOption(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
     found = [name for name in RESULTS if os.path.lexists(os.path.join(out, name))]

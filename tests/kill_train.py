@@ -96,6 +96,7 @@ def kill_loop(directory, kills, world=1, seed=0, plan=None):
     random moments and accesses. -> (completed runs, what the kills at accesses hit)"""
     directory, draw = pathlib.Path(directory), random.Random(seed)
     arguments, out, log = make_world(directory), directory / "out", directory / "log"
+    ranks.run(1, ["--help"], log)       # waits for the server
     began = time.monotonic()
     statuses, printed = ranks.run(world, [*arguments, "--out", directory / "whole"], log)
     assert statuses == [0] * world, printed

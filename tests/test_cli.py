@@ -113,7 +113,11 @@ def test_output_paths_that_cannot_be(world, capfd, tmp_path, monkeypatch):
     """Known before any data is read."""
     monkeypatch.setattr(data, "load_pairs", None)
     (tmp_path / "file").touch()
-    refused(capfd, arguments(world, tmp_path / "file"), f"--out {tmp_path}/file: is a file; give a directory")
+    refused(capfd, arguments(world, tmp_path / "file"), f"--out {tmp_path}/file: {tmp_path}/file is a file; give a directory")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    refused(capfd, ["--model", world / "start", "--data", world / "pairs.jsonl", *SETTINGS],
+            f"--out {tmp_path}/runs/dpo: {tmp_path}/runs is a file; give a directory")
     refused(capfd, arguments(world, tmp_path / "file/out"), "cannot be written: Not a directory; give another directory")
     refused(capfd, arguments(world, "/proc/tgdpo"), "--out /proc/tgdpo: cannot be written: No such file or directory")
     (tmp_path / "other").mkdir()
@@ -355,10 +359,11 @@ def test_a_closed_pipe_and_a_locale_without_letters(world, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert options.resolve(["--config", str(here / "öut/config.toml")]).data == (str(here / "pääre.jsonl"),)
     assert "Grüße, 漢字" in json.load(open(here / "öut/samples.json"))[0]["prompt"]
-    refusing = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=here, capture_output=True, text=True,
-                              env=environment | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-    assert refusing.returncode == 2 and refusing.stderr.count("\n") == 1
-    assert "must be UTF-8 text; this Python reads ascii: set PYTHONUTF8=1" in refusing.stderr
+    for words in (words, arguments(world, "out")):       # the working directory's name counts too
+        refusing = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=here, capture_output=True, text=True,
+                                  env=environment | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+        assert refusing.returncode == 2 and refusing.stderr.count("\n") == 1
+        assert "must be UTF-8 text; this Python reads ascii: set PYTHONUTF8=1" in refusing.stderr
 
 
 def test_nothing_open_at_all(world, tmp_path):
@@ -459,6 +464,14 @@ def fault_of_rank_1(rank):
     train.optimiser_step = step
 
 
+def fault_of_rank_1_in_what_all_do(rank):
+    def load(net, directory, local):
+        if rank == 1:
+            undefined(directory)        # noqa: F821
+
+    model.load_weights = load
+
+
 def fault_of_rank_0_for_all(rank):
     train.describe = lambda *given: {}["no such key"]
 
@@ -489,10 +502,13 @@ def test_several_ranks_end_alike_with_one_line(world, tmp_path, fault, more, sta
 
 
 @pytest.mark.parametrize("fault, last, lost", [
-    (fault_of_rank_1, "NameError: name 'undefined' is not defined", 1), (fault_of_rank_0_for_all, "KeyError: 'no such key'", 0)])
+    (fault_of_rank_1, "NameError: name 'undefined' is not defined", 1),
+    (fault_of_rank_1_in_what_all_do, "NameError: name 'undefined' is not defined", 0),
+    (fault_of_rank_0_for_all, "KeyError: 'no such key'", 0)])
 def test_a_fault_of_one_rank_ends_all_and_shows_its_traceback(world, tmp_path, fault, last, lost):
     began = time.monotonic()
     ended, printed = ranks.run(2, arguments(world, tmp_path / "out"), tmp_path / "log", fault)
     assert ended == [1, 1] and time.monotonic() - began < 60
     assert printed.count("Traceback (most recent call last)") == 1 and last in printed.splitlines(), printed
+    assert __file__ in printed      # where it happened, not only where it was passed on
     assert printed.count("has lost the others") == lost

@@ -381,7 +381,7 @@ def test_two_runs_in_one_directory(monkeypatch, tmp_path, group):
 
 
 @pytest.mark.parametrize("path, message", [
-    ("file", "file: is a file; give a directory"),
+    ("file", "file is a file; give a directory"),
     ("file/out", "cannot be written: Not a directory"),
     ("n" * 300, "cannot be written: File name too long"),
     ("/proc/tgdpo/out", "/proc/tgdpo/out: cannot be written: No such file"),

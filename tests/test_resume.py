@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,20 +123,20 @@ def test_a_resumed_run_keeps_no_more_checkpoints_than_asked(world, tmp_path):
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-5", "step-6"]
 
 
-@pytest.mark.parametrize("renames", [1, 2, 3])
-def test_an_overwrite_that_was_killed_resumes_as_from_the_start(world, tmp_path, monkeypatch, renames):
-    """At any point of the removal: no half of an old result is taken for a whole one."""
-    out, plain, calls = tmp_path / "out", os.rename, []
+@pytest.mark.parametrize("name", ["checkpoints", "guide", "policy"])
+def test_an_overwrite_that_was_killed_resumes_as_from_the_start(world, tmp_path, monkeypatch, name):
+    """In the middle of a directory: no half of an old result is taken for a whole one."""
+    out = tmp_path / "out"
     shutil.copytree(world / "whole", out)
+    plain = shutil.rmtree
 
-    def rename(*given):
-        if str(given[0]).startswith(str(out)):
-            calls.append(given)
-            if len(calls) > renames:
-                raise KeyboardInterrupt
-        plain(*given)
+    def half(path, *more, **given):
+        if os.path.basename(path).startswith(name) and os.path.exists(path):
+            os.remove(next(file for file in sorted(Path(path).rglob("*")) if file.is_file()))
+            raise KeyboardInterrupt
+        plain(path, *more, **given)
 
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(shutil, "rmtree", half)
     with pytest.raises(KeyboardInterrupt):
         train.main(arguments(world, out, "--overwrite"))
     monkeypatch.undo()
@@ -190,6 +191,7 @@ def test_a_finished_run_resumed_is_itself_and_uses_the_cache(world, tmp_path, ca
     printed = capfd.readouterr().out
     assert "log-probs of the ref are in the cache" in printed and "log-probs of the guide are in the cache" in printed
     assert_bit_equal(tmp_path / "out", world / "whole")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(world / "whole"))
 
 
 def test_another_number_of_ranks_resumes_within_rounding(world, tmp_path):
@@ -269,8 +271,9 @@ def test_a_flipped_byte_is_refused_by_its_digest(world, tmp_path, capfd):
 def test_a_directory_with_results_is_not_written_to_unasked(world, tmp_path, capfd):
     shutil.copytree(world / "whole", tmp_path / "out")
     refused(capfd, 2, ["holds another run's results", "--resume, --overwrite"], arguments(world, tmp_path / "out"))
+    shutil.copytree(tmp_path / "out/checkpoints/step-6", tmp_path / "out/checkpoints/step-99")
     assert train.main(arguments(world, tmp_path / "out", "--overwrite")) == 0
-    assert "in the cache" in capfd.readouterr().out
+    assert "in the cache" in capfd.readouterr().out and not (tmp_path / "out/checkpoints/step-99").exists()
     assert_bit_equal(tmp_path / "out", world / "whole")
 
 
