@@ -381,6 +381,11 @@ def _log_normaliser(logits):
     return logits.logsumexp(-1)
 
 
+def _in_parts(function, logits):
+    """function(logits) in sixteenths of the rows, as what it makes on the way is as large as what it is given."""
+    return torch.cat([function(part) for part in logits.split(-(-len(logits) // 16))])
+
+
 def _scaled_softmax(logits, norm, scale, dtype):
     return ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
 
@@ -401,7 +406,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.slices, ctx.compiled, logits = _equal_slices(len(targets), rows), compiled, None
         for rows in ctx.slices:
             logits = _wide_matmul(hidden[rows], weight.t())                     # [r, V]
-            norm[rows] = (_compiled(_log_normaliser) if compiled else _log_normaliser)(logits)
+            norm[rows] = _compiled(_log_normaliser)(logits) if compiled else _in_parts(_log_normaliser, logits)
             logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
         ctx.last = logits           # the backward pass begins with it, and would need the memory for it anyway
         ctx.save_for_backward(hidden, weight, targets, norm, logp)
