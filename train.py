@@ -448,7 +448,8 @@ def whole_run(options, ranks, out):
 
     if options.overwrite:
         processes.first(lambda: processes.clear(out, options))
-    processes.first(lambda: results.foresee_space(out, options, model.read_config(source), dtype.itemsize, pairs, eval_pairs))
+    processes.first(lambda: results.foresee_space(out, options, model.read_config(source), dtype.itemsize, pairs,
+                                                  eval_pairs))
     identity = processes.first(lambda: describe(options, source, guide_source, tokenizer, pairs, dtype))
     processes.first(lambda: results.begin(out, options, identity, counts, plan, ranks))
     run = Run(options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals,

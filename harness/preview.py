@@ -18,15 +18,18 @@ def counts_lines(counts):
 
 
 def warnings(options, contexts, pairs, eval_pairs):
-    """What a person should know before training: lines. contexts: {directory of a model: tokens it was made for}."""
+    """What a person should know before training: lines.
+
+    contexts: {directory of a model: tokens it was made for}."""
     lines = []
     longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs + eval_pairs)
     for directory, most in contexts.items():
         if options.max_length > most:
-            lines.append(f"warning: --max-length {options.max_length} is beyond the {most} tokens that {directory} was "
-                         f"made for; the longest pair has {longest}")
+            lines.append(f"warning: --max-length {options.max_length} is beyond the {most} tokens that "
+                         f"{directory} was made for; the longest pair has {longest}")
     if len(pairs) < options.batch_size:
-        lines.append(f"warning: {len(pairs)} pairs are fewer than --batch-size {options.batch_size}: each step takes all")
+        lines.append(f"warning: {len(pairs)} pairs are fewer than --batch-size {options.batch_size}: "
+                     "each step takes all")
     return lines
 
 

@@ -33,7 +33,8 @@ GRACE = 10.0                            # seconds beyond its own time that torch
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RECORD = ("dropped.jsonl", "run.json", "config.toml")       # written before there is any result
 # In this order they are removed: a run that is resumed from what a kill left of them goes on as it should.
-RESULTS = ("checkpoints", "guide", "policy", "metrics.jsonl", "tokens.jsonl", "samples.json", "report.html", *RECORD)
+RESULTS = ("checkpoints", "guide", "policy", "metrics.jsonl", "tokens.jsonl", "samples.json", "report.html",
+           "guide.old", "policy.old", *RECORD)
 _held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
 _claimed = {}                           # directory -> "absent", "empty" or "used": what it was before
 
@@ -203,7 +204,7 @@ def everywhere(work):
 
 
 def _agreed(outcomes):
-    """The results of [(result, error) of rank 0, of rank 1, ...]; the first error is raised, its rank noted."""
+    """The results of [(result, error) of rank 0, ...]; the first error is raised, with its rank."""
     for rank, (_, error) in enumerate(outcomes):
         if error is not None:
             error.rank = rank
@@ -301,7 +302,7 @@ def claim(options):
 def withdraw(out):
     """Rank 0 removes what the start of a run left in the directory it claimed, unless there are results."""
     before = _claimed.get(out, "used")      # rank 0 alone knows
-    if before == "used" or any(os.path.lexists(os.path.join(out, name)) for name in RESULTS if name not in RECORD):
+    if before == "used" or set(_found(out)) - set(RECORD):
         return
     with contextlib.suppress(OSError):
         for name in RECORD:
@@ -324,7 +325,7 @@ def _claim(options):
         raise BadOption(f"--out {out}: {error.filename} is a file; give a directory") from None
     except OSError as error:
         raise BadOption(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
-    found = [name for name in RESULTS if os.path.lexists(os.path.join(out, name))]
+    found = _found(out)
     if found and not options.resume and not options.overwrite:
         raise BadOption(f"--out {out}: holds another run's results ({', '.join(found)}); "
                         "give --resume, --overwrite or another directory")
@@ -332,6 +333,11 @@ def _claim(options):
         _remove(os.path.join(out, f"{name}.tmp"))       # what a kill left half written
     _claimed[out] = "used" if found else "empty" if there else "absent"
     return out
+
+
+def _found(out):
+    """The names of an earlier run's results in `out`, in the order of RESULTS."""
+    return [name for name in RESULTS if os.path.lexists(os.path.join(out, name))]
 
 
 def _numbered(path, existing):
@@ -374,7 +380,7 @@ def clear(out, options):
     """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for.
 
     Raises BadOption where this run reads one of them."""
-    found = [name for name in (*RESULTS, "guide.old", "policy.old") if os.path.lexists(os.path.join(out, name))]
+    found = _found(out)
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
         for name in found:
             result = os.path.realpath(os.path.join(out, name))

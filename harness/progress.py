@@ -20,7 +20,8 @@ def say(text, rank=0):
         return
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        tqdm.tqdm.write(_printable(text).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+        text = _printable(text).encode(encoding, "backslashreplace").decode(encoding)
+        tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
     except (OSError, ValueError):
         # What comes later, the flush at exit included, goes nowhere instead of failing again.
@@ -55,7 +56,8 @@ class Progress:
         if rank == 0 and sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm.tqdm(total=total, desc=title, initial=start, dynamic_ncols=True,
                                  bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}")
-            if self.bar.ncols is not None and self.bar.ncols < 1:       # a terminal that does not know its size; the bar would be empty
+            # A terminal that does not know its size would show an empty bar.
+            if self.bar.ncols is not None and self.bar.ncols < 1:
                 self.bar.dynamic_ncols, self.bar.ncols, self.bar.nrows = None, 80, None
 
     def advance(self, count=1, **figures):

@@ -1,5 +1,5 @@
-"""What a run leaves beside its models: run.json and dropped.jsonl at its start; the table, the answers, tokens.jsonl
-and the report page at its end."""
+"""What a run leaves beside its models: config.toml, run.json and dropped.jsonl at its start; the table, the
+answers, tokens.jsonl and the report page at its end."""
 
 import json
 import os
@@ -27,11 +27,13 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     passes = {"simpo": 0, "dpo": 1, "tgdpo": 2}[options.loss]
     need = (3 * 4 * saves + width * models) * parameters
     need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
-    there = sum(os.path.getsize(os.path.join(place, name)) for place, _, names in os.walk(out) for name in names)
+    files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
+    there = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     if (free := shutil.disk_usage(out).free) + there < need:
-        raise BadOption(f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
-                        f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, {models} models, log-probs; "
-                        "free some, lower --keep or give another directory")
+        raise BadOption(
+            f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
+            f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, {models} models, log-probs; "
+            "free some, lower --keep or give another directory")
 
 
 def begin(out, options, identity, counts, plan, ranks):
@@ -103,8 +105,8 @@ def read_run(path):
             return run
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise checkpoint.BadCheckpointState(f"{path} is damaged, so that nothing tells which run this is; remove it to "
-                                        "resume all the same, or start anew with --overwrite")
+    raise checkpoint.BadCheckpointState(f"{path} is damaged, so that nothing tells which run this is; "
+                                        "remove it to resume all the same, or start anew with --overwrite")
 
 
 def write_json(path, value):
@@ -114,7 +116,8 @@ def write_json(path, value):
 
 def write(path, text):
     """Write a file, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:  # as the command line has it
+    # What the command line has that is no UTF-8 is written as it was.
+    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

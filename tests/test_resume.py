@@ -121,6 +121,9 @@ def test_a_resumed_run_keeps_no_more_checkpoints_than_asked(world, tmp_path):
         shutil.copytree(out / "checkpoints/step-6", out / "checkpoints" / name)
     assert train.main(arguments(world, out, "--resume", "--keep", 2)) == 0
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-5", "step-6"]
+    os.rename(out / "checkpoints/step-6", out / "checkpoints/step-6.old")   # killed between a save's renames
+    assert train.main(arguments(world, out, "--resume", "--keep", 1)) == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-6.old"]
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "guide", "policy"])
@@ -162,7 +165,8 @@ def test_what_stood_stands_until_the_new_is_whole(world, tmp_path, monkeypatch):
     """A resumed run that is killed while it writes the settings or the policy again loses neither."""
     out = tmp_path / "out"
     shutil.copytree(world / "whole", out)
-    for name, words, kept in (("replace", "config.toml.tmp", "config.toml"), ("rename", "policy.tmp", "policy.old")):
+    for name, words, kept in (("replace", "config.toml.tmp", "config.toml"),
+                              ("rename", "policy.tmp", "policy.old")):
         interrupt(monkeypatch, name, words)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments(world, out, "--resume"))
