@@ -202,7 +202,7 @@ def prompt_of(row):
     else:
         fields = [given[0]] + [field for field in ("input", "query") if row.get(field) not in (None, "")]
         messages = [{"role": "user", "content": "\n".join(text_of(row[field], field) for field in fields)}]
-    if row.get("system") not in (None, "") and messages[:1] != [] and messages[0]["role"] != "system":
+    if row.get("system") not in (None, "") and "system" not in [message["role"] for message in messages[:1]]:
         messages.insert(0, {"role": "system", "content": text_of(row["system"], "system")})
     return messages
 
