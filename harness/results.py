@@ -32,7 +32,7 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     if (free := shutil.disk_usage(out).free) + there < need:
         raise BadOption(
             f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
-            f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, {models} models, log-probs; "
+            f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, the models and the log-probs; "
             "free some, lower --keep or give another directory")
 
 

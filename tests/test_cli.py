@@ -137,7 +137,7 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 50_000))
     monkeypatch.setattr(train, "sharded", None)         # no model is loaded before
     line = refused(capfd, arguments(world, out, "--save-every", 1), "its disk has 0.000 GB free, and the run "
-                   "needs 0.000 GB", "3 checkpoints", "1 models", "lower --keep or give another", out=out)
+                   "needs 0.000 GB", "3 checkpoints", "lower --keep or give another", out=out)
     assert line.startswith(f"train.py: error: --out {out}: ")
 
 

@@ -1,0 +1,141 @@
+"""The bundled example: its gold reward by hand, its data and model as committed, and that make.py makes the same."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import model
+from examples.tiny import language, make
+from examples.tiny.sample import sample
+from harness import options
+
+TINY = Path(make.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    return make.Speaker(TINY / "model")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return model.load_model(str(TINY / "model"))
+
+
+def rows(name):
+    return [json.loads(line) for line in (TINY / name).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("text, reward", [
+    ("The soup", -1),                                       # soup is asked about, but no reply names it
+    ("The dish was fresh.", 1),
+    ("The dish was not fresh.", -1),
+    ("The dish was hardly stale, but the room was dark.", 1 - 1),
+    ("Our host was very rude.", -2),
+    ("Our host was not very rude.", 2),
+    ("Our host was rather lovely and fairly kind.", 1 + 0.5),
+    ("The room was really really superb.", 4),              # factors stop at 2
+    ("The food was tasty. Today the food was tasty.", 1 + 0),           # a good word pays once
+    ("The food was bland. Today the food was very bland.", -1 - 2),     # a bad one costs every time
+    ("The food was not fresh. Today the food was fresh.", -1 + 0),
+    ("Not, fresh.", -1),                                    # punctuation does not stand between
+    ("We will never return. I would recommend it.", -1 + 1),
+    ("", 0),
+])
+def test_gold_reward_by_hand(text, reward):
+    assert language.gold_reward(text) == reward
+
+
+def test_gold_rewards_stand_on_the_last_token_of_each_word():
+    pieces = ["The", " ", "h", "ost", " was", " not", " care", "less", ".", " Zz", "z", ""]
+    assert language.gold_rewards(pieces) == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, -1, 0]
+
+
+def test_gold_reward_never_looks_ahead():
+    rng = random.Random(1)
+    for _, kind in rng.choices(language.questions(), k=50):
+        words = language.reply(rng, kind).split()
+        whole = [reward for _, _, reward in language.word_rewards(" ".join(words))]
+        for end in range(len(words)):
+            assert [r for _, _, r in language.word_rewards(" ".join(words[:end]))] == whole[:end]
+
+
+def test_the_grammar_knows_its_words_and_lengths():
+    rng, used = random.Random(0), set()
+    for _, kind in rng.choices(language.questions(), k=3000):
+        words = language.WORD.findall(language.reply(rng, kind).lower())
+        used |= set(words)
+        assert 8 <= len(words) <= 25
+    assert used == language.LEXICON
+
+
+def test_making_it_twice_gives_the_same_bytes(tmp_path):
+    threads = torch.get_num_threads()
+    for name in ("a", "b"):
+        make.make(tmp_path / name, seed=3, steps=40, pairs=4, held_out=2)
+    torch.set_num_threads(threads)
+    made = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert [str(path) for path in made] == ["held_out.jsonl", "model/config.json", "model/model.safetensors",
+                                            "model/tokenizer.json", "model/tokenizer_config.json", "train.jsonl"]
+    for path in made:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
+    first = json.loads((tmp_path / "a" / "train.jsonl").read_text().splitlines()[0])
+    assert sorted(first) == ["chosen", "prompt", "rejected"]
+
+
+def test_committed_tokenizer_is_the_one_that_make_trains(tmp_path):
+    make.make_tokenizer(tmp_path, random.Random(0))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (TINY / "model" / name).read_bytes(), name
+
+
+def test_every_committed_pair_is_kept_as_it_was_sampled():
+    tokenizer = data.load_tokenizer(str(TINY / "model"))
+    for name, least in (("train.jsonl", 1000), ("held_out.jsonl", 200)):
+        pairs, counts = data.load_pairs([str(TINY / name)], tokenizer, 256, 200)
+        assert counts.rows == counts.kept == len(pairs) == len(rows(name)) >= least
+        assert (counts.cut, counts.boundary, counts.dropped) == (0, 0, [])
+        assert all(pair.chosen[-1] == pair.rejected[-1] == make.END for pair in pairs)
+
+
+def test_held_out_questions_are_not_trained_on():
+    questions = [row["prompt"] for name in ("train.jsonl", "held_out.jsonl") for row in rows(name)]
+    assert len(set(questions)) == len(questions)
+
+
+def test_labels_follow_the_gold_reward_with_noise():
+    margins = [language.gold_reward(row["chosen"]) - language.gold_reward(row["rejected"])
+               for name in ("train.jsonl", "held_out.jsonl") for row in rows(name)]
+    agree = sum(margin > 0 for margin in margins) / sum(margin != 0 for margin in margins)
+    assert 0.85 < agree < 0.95
+
+
+def test_samples_of_the_committed_model_are_of_the_language(network, speaker):
+    asked = random.Random(2).sample(sorted(speaker.prompts), 64)
+    drawn = sample(network, [speaker.prompts[question] for question in asked], make.LONGEST_REPLY, {make.END},
+                   1.0, torch.Generator().manual_seed(0))
+    texts = speaker.texts(drawn)
+    assert sum(text is None for text in texts) <= 2
+    words = [word for text in texts if text for word in language.WORD.findall(text.lower())]
+    assert sum(word not in language.LEXICON for word in words) <= 0.005 * len(words)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_sample_equals_generate(network, speaker, temperature):
+    prompts = [speaker.prompts[question] for question in random.Random(4).sample(sorted(speaker.prompts), 12)]
+    prompts += [[5, 6, 7], [0]]                                                 # of very different lengths
+    drawn = [draw(network, prompts, 40, {make.END}, temperature, torch.Generator().manual_seed(7))
+             for draw in (sample, model.generate)]
+    assert drawn[0] == drawn[1]
+    assert len({len(ids) for ids in drawn[0]}) > 1 and any(ids[-1] == make.END for ids in drawn[0])
+
+
+def test_recipe_is_what_a_run_without_arguments_takes():
+    resolved = options.resolve([])
+    assert resolved.model == str(TINY / "model") and resolved.data == (str(TINY / "train.jsonl"),)
+    for name, value in options.read_toml(TINY / "recipe.toml").items():
+        assert getattr(resolved, name) == value
