@@ -5,6 +5,7 @@
 Each round goes on from the newest checkpoint, saves one after the other, and is killed while it does. What
 stands afterwards must be, bit for bit, the last checkpoint that a save returned for or the one being saved.
 """
+import gc
 import os
 import pickle
 import random
@@ -42,7 +43,8 @@ def fork(body):
         return process
     status = 1
     try:
-        torch.set_num_threads(1)    # a pool of threads does not survive a fork
+        torch.set_num_threads(1)    # a pool of threads does not survive a fork,
+        gc.freeze()                 # and what the parent forgot (a process group) would wait for its threads
         body()
         status = 0
     except BaseException:
