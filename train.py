@@ -44,8 +44,7 @@ from harness.tally import Tally
 
 BAD_INPUT = (BadOption, data.BadData, model.BadCheckpoint, checkpoint.BadCheckpointState)
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")   # for a rank without pairs
-
-
+DEALT = 4096        # pairs of a pass without gradients that are dealt to ranks and packs together
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")      # beside the progress bar
@@ -177,14 +176,22 @@ def size(pair):
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
+def packs_of(run, pairs):
+    """This rank's packs for a pass over the pairs: lists of indices, as many on every rank. Dealt some thousands at a
+    time, as the deal of n pairs to n packs takes n² log n."""
+    for start in range(0, len(pairs), DEALT):
+        lengths = [size(pair) for pair in pairs[start:start + DEALT]]
+        for pack in data.deal(lengths, run.world, run.plan.micro_tokens_forward)[run.rank]:
+            yield [start + i for i in pack]
+
+
 @torch.no_grad()
-def log_probs(run, net, pairs, title, save=lambda: "what was saved before stands"):
+def log_probs(run, net, pairs, title, save=lambda: "what was saved before stands", side_job=False):
     """Per-token log-probs of every pair's responses, [C + R] each, on the CPU. The pairs are shared out among the
-    ranks in large packs. No random number is drawn. save: see stop_if_told."""
-    dealt = data.deal([size(pair) for pair in pairs], run.world, run.plan.micro_tokens_forward)[run.rank]
+    ranks in large packs. No random number is drawn. save: see stop_if_told; side_job: see Progress."""
     mine = {}
-    bar = Progress(len(pairs), title, run.rank)
-    for indices in dealt:
+    bar = Progress(len(pairs), title, run.rank, side_job=side_job)
+    for indices in packs_of(run, pairs):
         pack = to_device(data.collate([pairs[i] for i in indices] or [FILLER]), run.device)
         logp = net(pack.tokens, pack).cpu()
         lengths = [len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices]
@@ -248,7 +255,7 @@ def pack_loss(stage, options, logp, pack, indices, tally):
 @torch.no_grad()
 def evaluate(run, net, stage, save):
     """The stage's figures on its evaluation pairs, and their per-token log-probs as log_probs gives them."""
-    found = log_probs(run, net, stage.eval_pairs, "evaluation", save)
+    found = log_probs(run, net, stage.eval_pairs, "evaluation", save, side_job=True)
     return figures(run, stage, found), found
 
 

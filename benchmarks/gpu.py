@@ -1,7 +1,7 @@
 """One GPU: is it right, how fast is it against the authors' design, and what is each lever worth.
 
     python benchmarks/gpu.py                                    everything: Llama-3.2-1B's shape, random weights
-    python benchmarks/gpu.py --part correctness                 or speed, or ablations: each within eight minutes
+    python benchmarks/gpu.py --part correctness                 real-size, speed or ablations: each within ten minutes
     python benchmarks/gpu.py --device cpu --small               the same code on a tiny model without a GPU
 
 Float32 master weights and bfloat16 compute (float32 on a CPU), 128 pairs a step with UltraFeedback's lengths. The
@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ import train as trainer
 import workload
 from harness import flops
 
+TINY = HERE.parent / "examples" / "tiny"
 TWO_LAYERS = workload.LLAMA_256 | {"num_hidden_layers": 2, "vocab_size": 1031}
 
 
@@ -69,10 +71,22 @@ def correctness(options, directory):
               "log-prob function against the plain one, values and gradients": apart(check_log_probs, options.device)}
     small = workload.write_model(directory / "two layers", TWO_LAYERS, 0)
     checks |= apart(check_model, options.device, small)
-    checks |= check_run(options.device, directory)
+    return as_table(checks | check_run(options.device, directory, TINY / "model", ["--save-every", "2"]))
+
+
+def as_table(checks):
+    """checks: name -> (what was found, what it may be at most)."""
     rows = [[name, f"{found:.1e}", f"{limit:.0e}", "yes" if found <= limit else "**NO**"]
             for name, (found, limit) in checks.items()]
     return results.table(["check", "largest difference", "at most", "holds"], rows)
+
+
+def real_size(options, directory):
+    """train.py on a random model of the benchmark's shape: it trains, stops, resumes and exports."""
+    start = workload.write_model(directory / "start", options.config, 0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "model" / name, start / name)
+    return as_table(check_run(options.device, directory, start, ["--lr", "1e-6", "--save-every", "0"]))
 
 
 def compute_type(device):
@@ -175,17 +189,18 @@ def check_model(device, directory):
     return checks
 
 
-def check_run(device, directory):
-    """train.py on the bundled example: whole, and stopped by SIGTERM and resumed; the policy in transformers."""
-    examples = HERE.parent / "examples" / "tiny"
-    rows = (examples / "train.jsonl").read_text(encoding="utf-8").splitlines()[:48]
+def check_run(device, directory, start, settings):
+    """train.py from `start` on pairs of the bundled example: whole, and stopped by SIGTERM and resumed; its first loss;
+    the policy in transformers."""
+    directory = Path(tempfile.mkdtemp(dir=directory))
+    rows = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:48]
     (directory / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    words = [sys.executable, str(HERE.parent / "train.py"), "--model", str(examples / "model"), "--data",
+    words = [sys.executable, str(HERE.parent / "train.py"), "--model", str(start), "--data",
              str(directory / "rows.jsonl"), "--max-length", "256", "--batch-size", "8", "--lr", "3e-4", "--beta", "0.3",
-             "--save-every", "2", "--samples", "1", "--sample-tokens", "4", "--report-pairs", "4", "--out"]
+             "--samples", "1", "--sample-tokens", "4", "--report-pairs", "4", *settings, "--out"]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
-    def start(out, *more):
+    def begin(out, *more):
         return subprocess.Popen([*words, str(out), *more], env=environment, stdout=subprocess.DEVNULL)
 
     def losses(out):
@@ -193,15 +208,17 @@ def check_run(device, directory):
         return {(row["stage"], row["step"]): row["loss"] for row in metrics}
 
     whole, stopped = directory / "whole", directory / "stopped"
-    checks = {"train.py's exit status": (start(whole).wait(), 0)}
-    process, metrics = start(stopped), stopped / "metrics.jsonl"
+    checks = {"train.py's exit status": (begin(whole).wait(), 0)}
+    process, metrics = begin(stopped), stopped / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 2):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     checks["its exit status after SIGTERM, from 143"] = abs(process.wait() - 143), 0
-    checks["its exit status when resumed"] = start(stopped, "--resume").wait(), 0
+    checks["its exit status when resumed"] = begin(stopped, "--resume").wait(), 0
     a, b = losses(whole), losses(stopped)
     apart_by = max(abs(a[key] - b[key]) for key in a) if a.keys() == b.keys() else math.inf
+    checks["the first loss of each stage against log 2"] = (
+        max(abs(a.get((stage, 1), math.inf) - math.log(2)) for stage in ("dpo", "tgdpo")), 1e-3 if device == "cuda" else 1e-6)
     checks["losses, stopped and resumed against never stopped"] = apart_by, 1e-3 if device == "cuda" else 0.0
     with contextlib.suppress(ImportError):
         from transformers import AutoModelForCausalLM
@@ -406,7 +423,7 @@ def apart(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-PARTS = {"correctness": correctness, "speed": speed, "ablations": ablations}
+PARTS = {"correctness": correctness, "real-size": real_size, "speed": speed, "ablations": ablations}
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ LLAMA_256 = LLAMA_3_2_1B | {"hidden_size": 256, "intermediate_size": 1024, "num_
                             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 16384}
 # The least that exercises every path: for tests.
 LLAMA_TINY = LLAMA_256 | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
-                          "vocab_size": 515}
+                          "vocab_size": 643}
 BOS, EOS = 0, 1
 
 

@@ -1,5 +1,7 @@
 """What `--dry-run` shows: the counts, one pair with its scored tokens, the steps and the memory plan."""
 
+import collections
+
 from harness import memory
 from harness.progress import say
 
@@ -10,10 +12,8 @@ def counts_lines(counts):
     for name, count in counts.items():
         lines.append(f"{name}: {count.rows} rows read, {count.kept} pairs kept, {count.cut} responses cut, "
                      f"{len(count.dropped)} pairs dropped, {count.boundary} responses tokenised apart from the prompt")
-        reasons = {}
-        for drop in count.dropped:
-            reasons[drop["reason"]] = reasons.get(drop["reason"], 0) + 1
-        lines += [f"  dropped {number}: {reason}" for reason, number in sorted(reasons.items())]
+        kinds = collections.Counter(drop["reason"].split(":")[0] for drop in count.dropped)
+        lines += [f"  dropped {number}: {kind}" for kind, number in sorted(kinds.items())]
     return lines
 
 

@@ -10,6 +10,7 @@ import time
 import tqdm
 
 TENTH, OFTEN, SELDOM = 0.1, 1.0, 60.0   # a plain line every tenth of the way, 1 to 60 seconds after the last
+SHORT = 5.0                             # seconds that a side job may take without a plain line
 
 
 def say(text, rank=0):
@@ -47,15 +48,17 @@ def words(figures):
 
 
 class Progress:
-    """How far a stage has come, of `total` units: a bar on rank 0's terminal, or plain lines without one."""
+    """How far a stage has come, of `total` units: a bar on rank 0's terminal, or plain lines without one; of a side
+    job, which comes often and ends soon, only where it takes longer than SHORT."""
 
-    def __init__(self, total, title, rank=0, start=0):
+    def __init__(self, total, title, rank=0, start=0, side_job=False):
         self.total, self.title, self.rank, self.start, self.done = total, title, rank, start, start
+        self.side_job = side_job
         self.began = self.told = time.monotonic()
         self.told_at, self.figures, self.bar = None, {}, None
         if rank == 0 and sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm.tqdm(total=total, desc=title, initial=start, dynamic_ncols=True,
-                                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}")
+                                 leave=not side_job, bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}")
             # A terminal that does not know its size would show an empty bar.
             if self.bar.ncols is not None and self.bar.ncols < 1:
                 self.bar.dynamic_ncols, self.bar.ncols, self.bar.nrows = None, 80, None
@@ -70,6 +73,8 @@ class Progress:
             self.bar.update(count)
             return
         now = time.monotonic()
+        if self.side_job and now - self.began < SHORT:
+            return
         first = self.told_at is None
         far = not first and self.done - self.told_at >= TENTH * self.total and now - self.told >= OFTEN
         if first or far or self.done == self.total or now - self.told >= SELDOM:
@@ -87,7 +92,7 @@ class Progress:
         """Ends the bar, or prints the last line where it is not yet told."""
         if self.bar is not None:
             self.bar.close()
-        elif self.told_at != self.done:
+        elif self.told_at != self.done and not (self.side_job and self.told_at is None):
             self._tell(time.monotonic())
 
 

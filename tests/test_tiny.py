@@ -76,7 +76,7 @@ def test_the_grammar_knows_its_words_and_lengths():
 def test_making_it_twice_gives_the_same_bytes(tmp_path):
     threads = torch.get_num_threads()
     for name in ("a", "b"):
-        make.make(tmp_path / name, seed=3, steps=40, pairs=4, held_out=2)
+        make.make(tmp_path / name, seed=3, steps=90, pairs=4, held_out=2)
     torch.set_num_threads(threads)
     made = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert [str(path) for path in made] == ["held_out.jsonl", "model/config.json", "model/model.safetensors",
@@ -139,3 +139,24 @@ def test_recipe_is_what_a_run_without_arguments_takes():
     assert resolved.model == str(TINY / "model") and resolved.data == (str(TINY / "train.jsonl"),)
     for name, value in options.read_toml(TINY / "recipe.toml").items():
         assert getattr(resolved, name) == value
+
+
+def test_study_in_its_quick_form(tmp_path, capsys):
+    from examples.tiny import study
+    threads = torch.get_num_threads()
+    arguments = ["--quick", "--workers", "0", "--work", str(tmp_path / "work"), "--page", str(tmp_path / "STUDY.md")]
+    assert study.main(arguments) == 0
+    told, lines = capsys.readouterr().out, (tmp_path / "work" / "study.jsonl").read_text().splitlines()
+    assert len(lines) == 13 and "13/13" in told
+    assert {json.loads(line)["method"] for line in lines} == set(study.METHODS)
+    (tmp_path / "work" / "study.jsonl").write_text("\n".join(lines[:-1]) + "\n")       # stopped before the last
+    assert study.main(arguments) == 0
+    torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert "13/13" in told and "12/13" not in told
+    again = json.loads((tmp_path / "work" / "study.jsonl").read_text().splitlines()[-1])
+    assert again == json.loads(lines[-1])
+    page = (tmp_path / "STUDY.md").read_text()
+    assert all(f"| {method} |" in page for method in study.METHODS)
+    for name in ("methods", "frontier", "alpha"):
+        assert f"study/{name}.svg" in page and (tmp_path / "work" / f"{name}.svg").read_text().startswith("<svg")

@@ -7,12 +7,13 @@ folder, so a study that is stopped goes on where it was. Writes STUDY.md and its
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
-import os
 import pathlib
+import signal
 import sys
 import types
 
@@ -30,10 +31,10 @@ from examples.tiny import language
 from examples.tiny.sample import sample
 from harness import options as option_table, processes
 
-LR, BATCH, BETA, ALPHA = 8e-4, 32, 0.1, 1.0
-FULL = {"seeds": 5, "steps": 128, "points": 4, "guide_steps": 48, "pairs": 512, "sizes": (256, 2048), "prompts": 48,
-        "alphas": (0.25, 0.5, 1.0, 2.0, 4.0)}
-QUICK = {"seeds": 1, "steps": 2, "points": 1, "guide_steps": 1, "pairs": 32, "sizes": (48,), "prompts": 2,
+LR, BATCH, BETA, ALPHA = 5e-4, 32, 0.1, 1.0
+FULL = {"seeds": 5, "points": (8, 16, 32, 64, 96, 128, 192, 256, 320), "guide_steps": 48, "pairs": 512,
+        "sizes": (256, 2048), "prompts": 192, "alphas": (0.25, 0.5, 1.0, 2.0, 4.0)}
+QUICK = {"seeds": 1, "points": (1, 2), "guide_steps": 1, "pairs": 32, "sizes": (48,), "prompts": 2,
          "alphas": (0.5, 2.0)}
 SIMPO = {"beta": 2.5, "gamma": 1.375}
 OTHER_BETA = 0.3
@@ -55,7 +56,6 @@ class Lab:
                                      for name in ("train.jsonl", "held_out.jsonl"))
         self.prompts = [pair.prompt.tolist() for pair in self.held_out[:prompts]]
         self.ref = model.load_model(self.start)
-        self.ref_logps = {id(pairs): logps(self.ref, pairs) for pairs in (self.pairs, self.held_out)}
         self.ref_gold = self.gold(self.samples(self.ref))
 
     def samples(self, net):
@@ -96,8 +96,8 @@ def logps(net, pairs):
     return found
 
 
-def fit(lab, loss, pairs, ref, guide, seed, steps, points, **changes):
-    """Train from the reference. Yields (step, loss of the step, model), at `points` steps spread evenly over the run."""
+def fit(lab, loss, pairs, ref, guide, seed, points, **changes):
+    """Train from the reference to the last of the steps `points`. Yields (step, mean loss of an epoch, model) at each."""
     options = option_table.resolve(["--loss", loss, "--lr", str(LR), "--schedule", "constant", "--warmup-ratio", "0.03",
                                     "--batch-size", str(BATCH)])
     options = dataclasses.replace(options, **{"beta": BETA, **changes})
@@ -106,15 +106,14 @@ def fit(lab, loss, pairs, ref, guide, seed, steps, points, **changes):
     run = types.SimpleNamespace(options=options, rank=0, world=1, device=torch.device("cpu"),
                                 plan=types.SimpleNamespace(micro_tokens=8192))
     stage = train.Stage(loss, pairs, [], ref, guide)
-    marks = {round(steps * (i + 1) / points) for i in range(points)}
-    recent, per_epoch = [], -(-len(pairs) // BATCH)
+    steps, recent, per_epoch = points[-1], [], -(-len(pairs) // BATCH)
     for step in range(steps):
         epoch, position = divmod(step, per_epoch)
         batch = data.epoch_order(len(pairs), seed, epoch)[position * BATCH:(position + 1) * BATCH]
         for group in optimiser.param_groups:
             group["lr"] = train.learning_rate(options, step, steps)
         recent.append(train.optimiser_step(run, net, optimiser, stage, batch)["loss"])
-        if step + 1 in marks:
+        if step + 1 in points:
             yield step + 1, float(np.mean(recent[-per_epoch:])), net
 
 
@@ -132,17 +131,17 @@ def guide_of(lab, kind, pairs, ref, seed, plan):
         return [r + m for r, m in zip(ref, mixed.split([len(r) for r in ref]))], None
     half = len(pairs) // 2 if kind == "TGDPO, half-data guide" else len(pairs)
     if kind == "TGDPO, SimPO guide":
-        run = fit(lab, "simpo", pairs, None, None, seed, plan["guide_steps"], 1, **SIMPO)
+        run = fit(lab, "simpo", pairs, None, None, seed, [plan["guide_steps"]], **SIMPO)
     else:
         beta = OTHER_BETA if kind == "TGDPO, other-beta guide" else BETA
-        run = fit(lab, "dpo", pairs[:half], ref[:half], None, seed, plan["guide_steps"], 1, beta=beta)
+        run = fit(lab, "dpo", pairs[:half], ref[:half], None, seed, [plan["guide_steps"]], beta=beta)
     for _, _, net in run:
         return logps(net, pairs), net
 
 
 def correlation(lab, net):
     """Pearson's correlation of r_hat and the gold reward over the held-out pairs' tokens."""
-    ratios = torch.cat([g - r for g, r in zip(logps(net, lab.held_out), lab.ref_logps[id(lab.held_out)])])
+    ratios = torch.cat([g - r for g, r in zip(logps(net, lab.held_out), logps(lab.ref, lab.held_out))])
     gold = torch.tensor([x for pair in lab.held_out for x in lab.token_gold(pair)])
     return float(torch.corrcoef(torch.stack([ratios.double(), gold.double()]))[0, 1])
 
@@ -153,7 +152,7 @@ def training(job):
     lab = training.lab
     chosen = np.random.default_rng(seed).permutation(len(lab.pairs))[:count]
     pairs = [lab.pairs[i] for i in chosen]
-    ref = [lab.ref_logps[id(lab.pairs)][i] for i in chosen]
+    ref = logps(lab.ref, pairs)
     line = {"method": method, "pairs": count, "alpha": alpha, "seed": seed, "curve": []}
     if method.startswith("TGDPO"):
         guide, net = guide_of(lab, method, pairs, ref, seed, plan)
@@ -162,11 +161,11 @@ def training(job):
         line["f_nonpositive"] = float((1 + alpha * sides * r_hat <= 0).double().mean())
         if net is not None:
             line["correlation"] = correlation(lab, net)
-        run = fit(lab, "tgdpo", pairs, ref, guide, seed, plan["steps"], plan["points"], alpha=alpha, guide_beta=BETA)
+        run = fit(lab, "tgdpo", pairs, ref, guide, seed, plan["points"], alpha=alpha, guide_beta=BETA)
     elif method == "SimPO":
-        run = fit(lab, "simpo", pairs, None, None, seed, plan["steps"], plan["points"], **SIMPO)
+        run = fit(lab, "simpo", pairs, None, None, seed, plan["points"], **SIMPO)
     else:
-        run = fit(lab, "dpo", pairs, ref, None, seed, plan["steps"], plan["points"])
+        run = fit(lab, "dpo", pairs, ref, None, seed, plan["points"])
     try:
         for step, loss, net in run:
             line["curve"].append({"step": step, "loss": loss} | lab.measure(net))
@@ -176,9 +175,10 @@ def training(job):
 
 
 def worker(prompts):
-    """Each worker process has a group and a lab of its own."""
-    sys.stdout = open(os.devnull, "w")
-    processes.start(5, "cpu").signals.restore()
+    """Each worker process has a group and a lab of its own, and ends at once when the pool's owner says so."""
+    with contextlib.redirect_stdout(None):
+        processes.start(5, "cpu")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     training.lab = Lab(prompts)
 
 
@@ -203,7 +203,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     parser.add_argument("--work", default=str(HERE / "study"), help="where study.jsonl and the plots go [study]")
     parser.add_argument("--page", default=str(HERE / "STUDY.md"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread; 0: in this one [2]")
     given = parser.parse_args(argv)
     plan, work = QUICK if given.quick else FULL, pathlib.Path(given.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -214,9 +214,17 @@ def main(argv=None):
     if not (work / "start.json").exists():
         lab = Lab(plan["prompts"])
         (work / "start.json").write_text(json.dumps({"gold": float(lab.ref_gold.mean())}))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(given.workers, worker, (plan["prompts"],)) as pool, open(path, "a") as file:
-        for number, line in enumerate(pool.imap_unordered(training, missing), len(done) + 1):
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "a"))
+        if given.workers:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(given.workers, worker, (plan["prompts"],)))
+            trained = pool.imap_unordered(training, missing)
+        else:
+            stack.callback(processes.stop)
+            worker(plan["prompts"])
+            trained = map(training, missing)
+        for number, line in enumerate(trained, len(done) + 1):
             file.write(json.dumps(line) + "\n")
             file.flush()
             lines.append(line)

@@ -7,6 +7,7 @@ import numpy as np
 
 # Two-sided 95 % points of Student's t by degrees of freedom (any statistics book).
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+KLS = (1, 2, 4, 8, 16)      # nats per reply
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")
 
 
@@ -85,11 +86,12 @@ def write(page, work, lines, plan):
     lines = [line | {"start": start["gold"]} for line in lines if "failed" not in line]
     of = lambda method, pairs=plan["pairs"], alpha=1.0: [
         line for line in lines if (line["method"], line["pairs"], line["alpha"]) == (method, pairs, alpha)]
+    steps = plan["points"][-1]
     methods = list(dict.fromkeys(line["method"] for line in lines))
     text = [f"""# The paper's claims on the tiny example
 
 `python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan['seeds']} seeds (each draws its own pairs
-and its own order), {plan['steps']} steps of 32 pairs at a constant learning rate, so {plan['steps'] * 32 / plan['pairs']:.0f}
+and its own order), {steps} steps of 32 pairs at a constant learning rate, so {steps * 32 / plan['pairs']:.0f}
 epochs over {plan['pairs']} pairs: far past the point where a run would stop. β 0.1 (SimPO 2.5, γ 1.375), α 1 unless said.
 Measured on {2 * plan['prompts']} samples for held-out prompts: the gold reward, which no method sees; the share of samples
 that beat the reference's for the same prompt; the KL divergence from the reference per reply, in nats. ± is a 95 %
@@ -114,9 +116,9 @@ The guide is DPO after {plan['guide_steps']} steps on the same pairs. Reference:
     text.append("\n![gold reward over training](study/methods.svg)\n\n![gold reward against KL](study/frontier.svg)\n")
 
     text.append("## Gold reward at equal KL\n\nWhere a training first passes the KL, interpolated; seeds that reach it.\n\n"
-                "| method | " + " | ".join(f"KL {k}" for k in (1, 2, 4, 8)) + " |\n|---|---|---|---|---|")
+                "| method | " + " | ".join(f"KL {k}" for k in KLS) + " |\n|---" + "|---" * len(KLS) + "|")
     for method in methods:
-        cells = [[v for v in (at_kl(row, k) for row in of(method)) if v is not None] for k in (1, 2, 4, 8)]
+        cells = [[v for v in (at_kl(row, k) for row in of(method)) if v is not None] for k in KLS]
         text.append(f"| {method} | " + " | ".join(f"{shown(c)} ({len(c)})" if c else "–" for c in cells) + " |")
 
     text.append("\n## α and the speed\n\n| α | steps to DPO's best gold reward | gold, best | gold, end | KL, end | tokens with f ≤ 0 |"
