@@ -12,10 +12,6 @@ import heapq
 import itertools
 import json
 import re
-import signal
-import stat
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,19 +20,13 @@ import numpy as np
 import tokenizers
 import torch
 
+from harness.renderer import Renderer
+from harness.rows import BadData, BadRow, brief, open_file, read_object, read_rows
+
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PROMPTS = ("prompt", "instruction", "conversations")
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SANDBOX = Path(__file__).parent / "harness" / "sandbox.py"
 CHUNK = 512     # rows rendered and tokenised at a time
-
-
-class BadData(ValueError):
-    """Input that cannot be used: what, where and the mend in one line (several bad rows: a line each)."""
-
-
-class BadRow(BadData):
-    """A row that cannot be read: "kind: detail". File and row are added where they are known."""
 
 
 class Dropped(Exception):
@@ -58,102 +48,6 @@ class Counts(NamedTuple):
     cut: int                # responses cut at max_length, of kept pairs
     boundary: int           # responses tokenised apart from their prompt, of kept pairs
     dropped: list           # {"file", "row", "reason"}; the reason's kind stands before its first colon
-
-
-def brief(text):
-    """What strangers wrote, as one printable line of 200 characters at most."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:1000]).split())
-    return line if len(line) <= 200 else line[:197] + "..."
-
-
-# Files to rows
-
-def open_file(path):
-    """Opens a regular file of bytes; BadData says what else stands there."""
-    try:
-        mode = path.stat().st_mode
-        regular = stat.S_ISREG(mode)
-        file = open(path, "rb") if regular else None
-        head = file.peek(64) if regular else b""
-    except FileNotFoundError:
-        raise BadData(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:      # ValueError: a NUL in the name
-        raise BadData(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    for found, what in (
-            (stat.S_ISDIR(mode), "is a directory; name the files in it"),
-            (not regular, "is a pipe or a device, not a regular file"),
-            (not head, "is empty"),
-            (head.startswith(b"\x1f\x8b"), "is compressed with gzip; gunzip it first"),
-            (head.startswith(b"version https://git-lfs"),
-             "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")):
-        if found:
-            raise BadData(f"{path}: {what}")
-    return file
-
-
-def object_of(members):
-    """An object's members as a dict, or the BadRow among them: an unreadable part condemns its row."""
-    value = dict(members)
-    if len(value) < len(members):
-        key, _ = collections.Counter(key for key, _ in members).most_common(1)[0]
-        return BadRow(f"duplicate key: {brief(key)!r} stands twice in one object")
-    for member in value.values():
-        for part in member if isinstance(member, list) else [member]:
-            if isinstance(part, BadRow):
-                return part
-    return value
-
-
-STRICT = json.JSONDecoder(object_pairs_hook=object_of,
-                          parse_constant=lambda name: BadRow(f"{name}: is no JSON value; write null"))
-
-
-def parse(raw):
-    """The value of JSON in UTF-8, or a BadRow that says why there is none."""
-    try:
-        return STRICT.decode(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: at byte {error.start + 1}")
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return BadRow(f"broken JSON: {error.msg} at {line}column {error.colno}")
-    except (RecursionError, ValueError) as error:       # a ValueError is an integer of more than 4300 digits
-        return BadRow(f"broken JSON: {brief(error)}")
-
-
-def read_rows(path):
-    """Yields (row, value) of a .jsonl, .json or .parquet file; the value is a BadRow where it cannot be read.
-    Raises BadData where the file as a whole cannot."""
-    with open_file(path) as file:
-        if path.suffix == ".parquet":
-            rows = enumerate(parquet_rows(path), 1)
-        elif path.suffix not in (".jsonl", ".json"):
-            raise BadData(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
-        elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            values = parse(file.read())
-            if isinstance(values, BadRow):
-                raise BadData(f"{path}: {values}")
-            rows = enumerate(values, 1)
-        else:       # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
-            rows = ((row, parse(line.rstrip())) for row, line in enumerate(file, 1) if line.strip())
-        first = next(rows, None)
-        if first is None:
-            raise BadData(f"{path}: has no rows")
-        yield first
-        yield from rows
-
-
-def parquet_rows(path):
-    """Yields the rows of a parquet file, for which pyarrow must be there."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise BadData(f"{path}: needs pyarrow; pip install pyarrow, or convert the file to .jsonl") from None
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(CHUNK):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadData(f"{path}: is no parquet file that pyarrow reads: {brief(error)}") from None
 
 
 # Rows to messages
@@ -242,55 +136,6 @@ def preference_of(row):
 
 
 # Messages to token ids
-
-class Renderer:
-    """A chat template at work in a process of its own, harness/sandbox.py, for use in a `with` statement."""
-
-    def __init__(self, tokenizer):
-        if tokenizer.template is None:
-            raise BadData(f"{tokenizer.directory}: has no chat template; --chat-template FILE gives one")
-        self.name = tokenizer.template_name
-        self.header = {"template": tokenizer.template, "tokens": tokenizer.tokens}
-
-    def __enter__(self):
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        command = [sys.executable, "-P", str(SANDBOX)]      # in its own session: Ctrl-C is for the trainer
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
-        try:
-            self.ask(self.header)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-
-    def ask(self, job):
-        """Sends one object and returns the answer; BadData where the template must not be used."""
-        try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline() or "null")
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            status = self.process.wait()
-            answer = {"template": "takes too long for one row" if status == -signal.SIGPROF else
-                      f"needs too much memory, or broke its process in another way (status {status})"}
-        if "template" in answer:
-            raise BadData(f"{self.name}: the chat template cannot be used: {brief(answer['template'])}; "
-                          "--chat-template gives another")
-        return answer
-
-    def render(self, prompt, replies=()):
-        """The text of the prompt with the generation prompt, then of the conversation with each reply."""
-        answer = self.ask({"prompt": prompt, "replies": replies})
-        if "row" in answer:
-            raise BadRow(f"refused by the chat template: {brief(answer['row'])} ({self.name})")
-        return answer["texts"]
-
 
 class ChatTokenizer:
     """A tokenizer.json with its named tokens and chat template; `load_tokenizer` makes one."""
@@ -412,17 +257,6 @@ class ChatTokenizer:
             if joint[:len(before)] == before:
                 return joint[len(before):]
         return self.encode([text])[0]
-
-
-def read_object(path):
-    """The object of a JSON file, or {} where there is no such file."""
-    if not path.exists():
-        return {}
-    with open_file(path) as file:
-        value = parse(file.read())
-    if not isinstance(value, dict):
-        raise BadData(f"{path}: " + (str(value) if isinstance(value, BadRow) else "must be a JSON object"))
-    return value
 
 
 def load_tokenizer(directory, chat_template=None):

@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import gc
 import os
-import resource
 import time
 import traceback
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import model
 import tgdpo
-from harness import cache, checkpoint, flops, hub, memory, preview, processes, results
+from harness import cache, checkpoint, flops, inputs, memory, preview, processes, results, shards
 from harness.options import BadOption
 from harness.progress import Metrics, Progress, say, tell
 from harness.tally import Tally
@@ -97,35 +96,8 @@ def sharded(directory, run, frozen=False):
         fully_shard(layer, **settings)
     fully_shard(net, **settings)
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
-    processes.everywhere(lambda: model.load_weights(net, directory, local_rows))
+    processes.everywhere(lambda: model.load_weights(net, directory, shards.local_rows))
     return net
-
-
-def local_rows(parameter):
-    """This rank's rows of a sharded parameter, and the number of the first: fully_shard gives ceil(rows / ranks)
-    consecutive rows to each rank."""
-    if not isinstance(parameter, DTensor):
-        return parameter.data, 0
-    mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1     # HSDP: (replicas, shards)
-    each = -(-parameter.shape[0] // mesh.size(shard_dim))
-    return parameter.to_local().data, min(each * mesh.get_local_rank(shard_dim), parameter.shape[0])
-
-
-def whole(parameter, dtype, keep):
-    """All rows of a sharded parameter in `dtype`, where `keep`, else None. Collective. Rank after rank sends its rows:
-    gathered at once, they would stand twice in memory under gloo, and on every rank."""
-    local, group = local_rows(parameter)[0].to(dtype), parameter.device_mesh.get_group(-1)
-    if group.size() == 1:
-        return local
-    rows, each = parameter.shape[0], -(-parameter.shape[0] // group.size())
-    full = local.new_empty(parameter.shape) if keep else None
-    for owner, start in enumerate(range(0, rows, each)):
-        mine, stop = owner == group.rank(), min(start + each, rows)
-        piece = local if mine else full[start:stop] if keep else local.new_empty(stop - start, *parameter.shape[1:])
-        dist.broadcast(piece, group=group, group_src=owner)
-        if mine and keep:
-            full[start:stop] = local
-    return full
 
 
 def release(run):
@@ -138,7 +110,7 @@ def release(run):
 def export(run, net, directory, source):
     """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    stream = ((name, whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
+    stream = ((name, shards.whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
@@ -363,7 +335,7 @@ def train(run, stage, directory):
         if stage.eval_pairs and step and (step == total or options.eval_every and step % options.eval_every == 0):
             began = time.perf_counter()
             row, found = evaluate(run, net, stage, save)
-            row |= speed(run, stage.eval_pairs, began)
+            row |= flops.speed(run.device, run.world, stage.eval_pairs, began)
             run.metrics.write({"stage": stage.loss, "step": step, "eval": True} | row)
         if step == total:
             break
@@ -380,7 +352,8 @@ def train(run, stage, directory):
             raise RunFailed(f"{stage.loss} step {step + 1}: {failure}; the optimiser did not take it; "
                             f"the last checkpoint is {last or 'none'}; try a lower --lr or --dtype float32") from None
         step += 1
-        row |= {"lr": group["lr"], **speed(run, [stage.pairs[i] for i in batch], began, net.config)}
+        taken = [stage.pairs[i] for i in batch]
+        row |= {"lr": group["lr"], **flops.speed(run.device, run.world, taken, began, net.config)}
         run.metrics.write({"stage": stage.loss, "step": step, "epoch": epoch + 1} | row)
         bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
         if step == total or options.save_every and step % options.save_every == 0:
@@ -409,21 +382,6 @@ def set_adam_step(optimiser, step):
         state["step"].fill_(step)
 
 
-def speed(run, pairs, began, trained=None):
-    """Throughput of what began at `began` and saw `pairs`. Tokens are counted the same for every method: 2 P + C + R.
-    trained: the Config of the model that made a training step, for its MFU on a GPU whose peak is known."""
-    seconds = time.perf_counter() - began
-    shapes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
-    row = {"seconds": seconds, "pairs_per_second": len(pairs) / seconds,
-           "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds,
-           "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if run.device.type == "cuda":
-        row["peak_memory"] = torch.cuda.max_memory_allocated()
-        if trained and (peak := flops.peak_flops(torch.cuda.get_device_name())):
-            row["mfu"] = sum(flops.pair_flops(trained, *shape) for shape in shapes) / seconds / (peak * run.world)
-    return row
-
-
 def stop_if_told(run, save):
     """Follow a signal, where one came: save() saves what there is and says so in words; SIGUSR1 lets the run go on."""
     if signal := run.signals.agreed():
@@ -439,10 +397,10 @@ def some(names):
 
 def whole_run(options, ranks, out):
     """Stage after stage, from the options to the exported policy and the report, all in the directory `out`."""
-    source, guide_source = (found_model(name) if name else None for name in (options.model, options.guide))
+    source, guide_source = (inputs.found_model(name) if name else None for name in (options.model, options.guide))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
-    tokenizer, pairs, eval_pairs, counts = load_data(options, source, guide_source)
+    tokenizer, pairs, eval_pairs, counts = inputs.load_data(options, source, guide_source)
     plan, mesh = lay_out(options, ranks, source, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {directory: model.read_config(directory).max_position_embeddings
                 for directory in (source, guide_source) if directory}
@@ -457,7 +415,7 @@ def whole_run(options, ranks, out):
         processes.first(lambda: processes.clear(out, options))
     processes.first(lambda: results.foresee_space(out, options, model.read_config(source), dtype.itemsize, pairs,
                                                   eval_pairs))
-    identity = processes.first(lambda: describe(options, source, guide_source, tokenizer, pairs, dtype))
+    identity = processes.first(lambda: inputs.describe(options, source, guide_source, tokenizer, pairs, dtype))
     processes.first(lambda: results.begin(out, options, identity, counts, plan, ranks))
     run = Run(options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals,
               Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank), identity)
@@ -490,66 +448,18 @@ def whole_run(options, ranks, out):
     processes.first(lambda: results.finish(out, options, tokenizer, shown, models, answers))
 
 
-def found_model(name):
-    """The directory of a model's name or Hub id, which rank 0 fetches first; its configuration and the names and
-    shapes of its tensors are checked before anything large is read."""
-    processes.first(lambda: model.check(hub.model_directory(name)))
-    return hub.model_directory(name)
-
-
-def load_data(options, source, guide_source):
-    """-> tokenizer, pairs, evaluation pairs, {"train": Counts, "eval": Counts}. Rank 0 reads, all ranks get them."""
-
-    def read():
-        tokenizer = data.load_tokenizer(source, options.chat_template)
-        for directory in filter(None, (source, guide_source)):
-            if tokenizer.vocab_size > (size := model.read_config(directory).vocab_size):
-                raise model.BadCheckpoint(f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but "
-                                          f"the model only {size} embeddings; take the tokenizer that belongs to it")
-        if guide_source:
-            data.same_vocabulary(tokenizer, data.load_tokenizer(guide_source, options.chat_template))
-        limits = options.max_length, options.max_prompt_length, options.skip_bad_rows
-        pairs, counts = data.load_pairs(files(options.data), tokenizer, *limits)
-        counts = {"train": counts}
-        eval_pairs = []
-        if options.eval_data:
-            eval_pairs, counts["eval"] = data.load_pairs(files(options.eval_data), tokenizer, *limits)
-        elif options.eval_fraction:
-            if len(pairs) == 1:
-                raise BadOption(f"--eval-fraction {options.eval_fraction}: there is only one pair, which is needed to "
-                                "train on; leave it out, or give --eval-data")
-            kept = min(max(1, round(len(pairs) * (1 - options.eval_fraction))), len(pairs) - 1)
-            mixed = [pairs[i] for i in data.epoch_order(len(pairs), options.seed, 0)]
-            pairs, eval_pairs = mixed[:kept], mixed[kept:]
-        return pairs, eval_pairs, counts
-
-    def files(names):
-        return [path for name in names for path in hub.data_files(name)]
-
-    return data.load_tokenizer(source, options.chat_template), *processes.first(read)
-
-
 def lay_out(options, ranks, source, dtype, longest):
     """-> the memory plan and the mesh of ranks: one shard group, or with --hsdp N copies of groups of N."""
-    shards = options.hsdp or ranks.world
-    if ranks.world % shards:
-        raise BadOption(f"--hsdp {shards}: {ranks.world} ranks do not divide into groups of {shards}")
+    group = options.hsdp or ranks.world
+    if ranks.world % group:
+        raise BadOption(f"--hsdp {group}: {ranks.world} ranks do not divide into groups of {group}")
     cuda = ranks.device.type == "cuda"
     room = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else 0
-    plan = memory.make(model.read_config(source), options, shards, ranks.device.type, dtype.itemsize, longest, room)
+    plan = memory.make(model.read_config(source), options, group, ranks.device.type, dtype.itemsize, longest, room)
     if options.hsdp:
-        return plan, dist.init_device_mesh(ranks.device.type, (ranks.world // shards, shards),
+        return plan, dist.init_device_mesh(ranks.device.type, (ranks.world // group, group),
                                            mesh_dim_names=("copies", "shards"))
     return plan, dist.init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shards",))
-
-
-def describe(options, source, guide_source, tokenizer, pairs, dtype):
-    """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
-    settings = ("loss", "beta", "alpha", "gamma", "guide_beta", "lr", "epochs", "batch_size", "warmup_ratio",
-                "schedule", "weight_decay", "max_grad_norm", "seed")
-    return {name: getattr(options, name) for name in settings} | {
-        "data": data.fingerprint(pairs), "chat template": tokenizer.digest, "dtype": str(dtype),
-        "model": cache.weights_digest(source), "guide": guide_source and cache.weights_digest(guide_source)}
 
 
 def train_guide(run, stage, source):

@@ -1,4 +1,9 @@
-"""How much arithmetic a pair takes, and how much a GPU could do: the two sides of MFU."""
+"""How much arithmetic a pair takes, how much a GPU could do, and how fast a run is."""
+
+import resource
+import time
+
+import torch
 
 # Peak dense bfloat16 rate in FLOP/s, by a part of the device's name (the makers' data sheets, without sparsity).
 PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
@@ -20,3 +25,19 @@ def pair_flops(config, prompt, chosen, rejected):
 def peak_flops(device_name):
     """The device's peak in FLOP/s, or None where it is not known."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+
+
+def speed(device, world, pairs, began, trained=None):
+    """Throughput of what began at `began` (time.perf_counter()) on `world` devices and saw `pairs` (data.Pair). Tokens
+    are counted the same for every method: 2 P + C + R. trained: the Config of the model that made a training step, for
+    its MFU on a GPU whose peak is known."""
+    seconds = time.perf_counter() - began
+    shapes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
+    row = {"seconds": seconds, "pairs_per_second": len(pairs) / seconds,
+           "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds,
+           "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        row["peak_memory"] = torch.cuda.max_memory_allocated()
+        if trained and (peak := peak_flops(torch.cuda.get_device_name())):
+            row["mfu"] = sum(pair_flops(trained, *shape) for shape in shapes) / seconds / (peak * world)
+    return row

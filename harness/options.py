@@ -229,16 +229,6 @@ def resolve(argv):
 
 
 def answer_early(argv):
-    """Answer --help and refuse bad options before torch is imported, which takes seconds; else do nothing."""
-    try:
-        resolve(argv)
-    except BadOption as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def answer_early(argv):
     """For the first lines of a script, before its slow imports: --help and bad options end it here."""
     try:
         resolve(argv)

@@ -1,6 +1,6 @@
 """Renders chat templates, which strangers wrote, in a process of its own with limits on memory and time.
 
-data.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"},
+renderer.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"},
 answered by {}; then {"prompt": messages, "replies": [text]}, answered by {"texts": [prompt with generation
 prompt, then the conversation with each reply]}. Else {"row": why} where the template fails on this row,
 {"template": why} where it must not be used at all. Taking too long ends the process by SIGPROF.

@@ -39,7 +39,8 @@ QUICK = {"seeds": 1, "points": (1, 2), "guide_steps": 1, "pairs": 32, "sizes": (
 SIMPO = {"beta": 2.5, "gamma": 1.375}
 OTHER_BETA = 0.3
 METHODS = ("DPO", "SimPO", "TGDPO", "TGDPO, SimPO guide", "TGDPO, gold guide", "TGDPO, shuffled guide",
-           "TGDPO, half-data guide", "TGDPO, other-beta guide")
+           "TGDPO, half-data guide", "TGDPO, other-beta guide", "TGDPO, guide of other pairs",
+           "TGDPO, cross-fitted guide")
 LONGEST = 48            # tokens of a sampled reply
 
 
@@ -117,26 +118,32 @@ def fit(lab, loss, pairs, ref, guide, seed, points, **changes):
             yield step + 1, float(np.mean(recent[-per_epoch:])), net
 
 
-def guide_of(lab, kind, pairs, ref, seed, plan):
-    """The guide's log-probs on `pairs`, and the model where there is one."""
+def trained(lab, pairs, seed, steps, loss="dpo", **changes):
+    """A guide: the model after `steps` steps on the pairs."""
+    ref = logps(lab.ref, pairs) if loss == "dpo" else None
+    return next(fit(lab, loss, pairs, ref, None, seed, [steps], **changes))[2]
+
+
+def guide_of(lab, kind, pairs, others, ref, seed, plan):
+    """The guide's log-probs on `pairs`, and the model where there is one. others: as many pairs, none of them the same."""
+    half, steps = len(pairs) // 2, plan["guide_steps"]
+    if kind == "TGDPO, cross-fitted guide":     # each half is judged by a guide that learned from the other
+        nets = trained(lab, pairs[half:], seed, steps), trained(lab, pairs[:half], seed, steps)
+        return logps(nets[0], pairs[:half]) + logps(nets[1], pairs[half:]), None
+    learned = {"TGDPO, half-data guide": pairs[:half], "TGDPO, guide of other pairs": others}.get(kind, pairs)
+    if kind == "TGDPO, SimPO guide":
+        net = trained(lab, learned, seed, steps, "simpo", **SIMPO)
+    else:
+        net = trained(lab, learned, seed, steps, beta=OTHER_BETA if kind == "TGDPO, other-beta guide" else BETA)
+    guide = logps(net, pairs)
+    ratios = torch.cat([g - r for g, r in zip(guide, ref)])
     if kind == "TGDPO, gold guide":         # r_hat is the gold reward, scaled to the DPO guide's spread
-        dpo, _ = guide_of(lab, "TGDPO", pairs, ref, seed, plan)
         gold = [torch.tensor(lab.token_gold(pair)) for pair in pairs]
-        scale = torch.cat([g - r for g, r in zip(dpo, ref)]).std() / torch.cat(gold).std()
-        return [r + scale * g for r, g in zip(ref, gold)], None
+        return [r + ratios.std() / torch.cat(gold).std() * g for r, g in zip(ref, gold)], None
     if kind == "TGDPO, shuffled guide":     # the DPO guide's r_hat, dealt to the tokens at random
-        dpo, _ = guide_of(lab, "TGDPO", pairs, ref, seed, plan)
-        ratios = torch.cat([g - r for g, r in zip(dpo, ref)])
         mixed = ratios[torch.randperm(len(ratios), generator=torch.Generator().manual_seed(seed))]
         return [r + m for r, m in zip(ref, mixed.split([len(r) for r in ref]))], None
-    half = len(pairs) // 2 if kind == "TGDPO, half-data guide" else len(pairs)
-    if kind == "TGDPO, SimPO guide":
-        run = fit(lab, "simpo", pairs, None, None, seed, [plan["guide_steps"]], **SIMPO)
-    else:
-        beta = OTHER_BETA if kind == "TGDPO, other-beta guide" else BETA
-        run = fit(lab, "dpo", pairs[:half], ref[:half], None, seed, [plan["guide_steps"]], beta=beta)
-    for _, _, net in run:
-        return logps(net, pairs), net
+    return guide, net
 
 
 def correlation(lab, net):
@@ -150,12 +157,12 @@ def training(job):
     """One training of the study, in a worker process: job = (method, pairs, alpha, seed, plan) -> its line."""
     method, count, alpha, seed, plan = job
     lab = training.lab
-    chosen = np.random.default_rng(seed).permutation(len(lab.pairs))[:count]
-    pairs = [lab.pairs[i] for i in chosen]
+    mixed = [lab.pairs[i] for i in np.random.default_rng(seed).permutation(len(lab.pairs))]
+    pairs, others = mixed[:count], mixed[count:2 * count]
     ref = logps(lab.ref, pairs)
     line = {"method": method, "pairs": count, "alpha": alpha, "seed": seed, "curve": []}
     if method.startswith("TGDPO"):
-        guide, net = guide_of(lab, method, pairs, ref, seed, plan)
+        guide, net = guide_of(lab, method, pairs, others, ref, seed, plan)
         r_hat = torch.cat([BETA * (g - r) for g, r in zip(guide, ref)])
         sides = torch.cat([torch.cat([torch.ones(len(p.chosen)), -torch.ones(len(p.rejected))]) for p in pairs])
         line["f_nonpositive"] = float((1 + alpha * sides * r_hat <= 0).double().mean())

@@ -8,7 +8,10 @@ import numpy as np
 # Two-sided 95 % points of Student's t by degrees of freedom (any statistics book).
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 KLS = (1, 2, 4, 8, 16)      # nats per reply
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000")
+EQUAL_STEPS = (16, 32, 64, 128, 256)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000", "#882255", "#117733")
+MAIN = ("DPO", "SimPO", "TGDPO", "TGDPO, gold guide", "TGDPO, shuffled guide")     # the rest are learned guides
+NEAR = (0.05, 0.5, 1, 2, 4, 8, 12, 16, 24, 32)      # nats: the points of the frontier's plot
 
 
 def interval(values):
@@ -22,6 +25,31 @@ def interval(values):
 def shown(values, digits=2):
     mean, half = interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def beside(rows, others, value):
+    """The rows' mean of value(row) and, in brackets, by how much it exceeds that of the others' row of the same seed:
+    mean difference and its interval. value: row -> number or None where the training has none; these are left out."""
+    own, theirs = ({row["seed"]: value(row) for row in group} for group in (rows, others))
+    found = [v for v in own.values() if v is not None]
+    if not found:
+        return "–"
+    if rows == others:
+        return shown(found)
+    pairs = [(v, theirs[seed]) for seed, v in own.items() if v is not None and theirs.get(seed) is not None]
+    mean, half = interval([a - b for a, b in pairs]) if pairs else (math.nan, math.nan)
+    return f"{np.mean(found):.2f}" + ("" if math.isnan(half) else f" ({mean:+.2f} ± {half:.2f})")
+
+
+def steps_to(line, gold):
+    """The step at which the training first has the gold reward, interpolated; None where it never has."""
+    before = {"step": 0, "gold": line["start"]}
+    for point in line["curve"]:
+        if point["gold"] >= gold:
+            return before["step"] + (gold - before["gold"]) / (point["gold"] - before["gold"]) * (
+                point["step"] - before["step"])
+        before = point
+    return None
 
 
 def best(line):
@@ -45,7 +73,7 @@ def svg(path, title, xlabel, ylabel, series):
     """A plot as a hand-written SVG. series: name -> (xs, ys, half widths or None)."""
     width, height, left, right, top, bottom = 760, 420, 60, 230, 36, 48
     points = [(x, y) for xs, ys, _ in series.values() for x, y in zip(xs, ys)]
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    x0, x1 = 0, max(x for x, _ in points)
     y0, y1 = min(y for _, y in points), max(y for _, y in points)
     y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
     px = lambda x: left + (x - x0) / ((x1 - x0) or 1) * (width - left - right)
@@ -84,76 +112,82 @@ def write(page, work, lines, plan):
     """Write the page and the plots from what is there."""
     start = json.loads((work / "start.json").read_text())
     lines = [line | {"start": start["gold"]} for line in lines if "failed" not in line]
-    of = lambda method, pairs=plan["pairs"], alpha=1.0: [
-        line for line in lines if (line["method"], line["pairs"], line["alpha"]) == (method, pairs, alpha)]
-    steps = plan["points"][-1]
-    methods = list(dict.fromkeys(line["method"] for line in lines))
+
+    def of(method, pairs=plan["pairs"], alpha=1.0):
+        return [line for line in lines if (line["method"], line["pairs"], line["alpha"]) == (method, pairs, alpha)]
+
+    def table(head, rows):
+        text.append(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        text.extend(f"| {' | '.join(row)} |" for row in rows)
+
+    def end(key):
+        return lambda row: row["curve"][-1][key]
+
+    def plot(name, title, xlabel, series):
+        svg(work / f"{name}.svg", title, xlabel, "gold reward", series)
+        text.append(f"\n![{title}](study/{name}.svg)")
+
+    steps, epochs = plan["points"][-1], plan["points"][-1] * 32 / plan["pairs"]
+    methods = {m: of(m) for m in sorted({line["method"] for line in lines}, key=lambda m: (m not in MAIN, m)) if of(m)}
+    dpo, sizes = methods["DPO"], sorted({plan["pairs"], *plan["sizes"]})
+    alphas = {a: of("TGDPO", alpha=a) for a in plan["alphas"] if of("TGDPO", alpha=a)}
+    claims = page.parent / "CLAIMS.md"
     text = [f"""# The paper's claims on the tiny example
 
-`python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan['seeds']} seeds (each draws its own pairs
-and its own order), {steps} steps of 32 pairs at a constant learning rate, so {steps * 32 / plan['pairs']:.0f}
-epochs over {plan['pairs']} pairs: far past the point where a run would stop. β 0.1 (SimPO 2.5, γ 1.375), α 1 unless said.
-Measured on {2 * plan['prompts']} samples for held-out prompts: the gold reward, which no method sees; the share of samples
-that beat the reference's for the same prompt; the KL divergence from the reference per reply, in nats. ± is a 95 %
-confidence interval over seeds. *Best* is the measured point with the highest gold reward, an oracle's choice.
-The guide is DPO after {plan['guide_steps']} steps on the same pairs. Reference: gold reward {start['gold']:.2f}.
+`python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan['seeds']} seeds, each of which draws its
+own pairs and their order. {steps} steps of 32 pairs at a constant learning rate are {epochs:.0f} epochs over {plan['pairs']} pairs: far past
+the point where a run would stop. β 0.1 (SimPO 2.5, γ 1.375), α 1 unless said. The guide is DPO after {plan['guide_steps']} steps.
 
-## Each method, {plan['pairs']} pairs
+Measured on {2 * plan['prompts']} samples for held-out prompts: the gold reward, which no method sees (the reference has
+{start['gold']:.2f}); the share of samples that beat the reference's for the same prompt; the KL divergence from the
+reference per reply, in nats. ± is a 95 % confidence interval over seeds; in brackets the difference to DPO with
+the same seed. *Best* is the measured point with the highest gold reward, an oracle's choice.
+"""]
+    if claims.exists() and page.parent == work.parent:
+        text.append(claims.read_text().strip() + "\n")
+    text.append(f"## Each method, {plan['pairs']} pairs")
+    table(("method", "gold, best", "KL there", "gold, end", "win rate, end", "KL, end", "loss, end"), [
+        (m, beside(rows, dpo, lambda row: best(row)["gold"]), shown([best(r)["kl"] for r in rows], 0),
+         beside(rows, dpo, end("gold")), shown([100 * end("win")(r) for r in rows], 0) + " %",
+         shown([end("kl")(r) for r in rows], 0), shown([end("loss")(r) for r in rows], 3))
+        for m, rows in methods.items()])
+    learned = [m for m in methods if m not in MAIN]
+    for name, title, some in (("methods", "Gold reward of samples over training", MAIN),
+                              ("guides", "The same with other learned guides", ("DPO", "TGDPO", *learned))):
+        plot(name, title, "step", {m: curve(methods[m], "step", "gold") for m in some if m in methods})
+    frontier = {m: [(kl, np.mean(found)) for kl in NEAR if (found := [v for row in rows if (v := at_kl(row, kl)) is not None])]
+                for m, rows in methods.items()}
+    plot("frontier", "Gold reward against KL from the reference", "KL per reply, nats",
+         {m: ([kl for kl, _ in points], [gold for _, gold in points], None) for m, points in frontier.items() if points})
 
-| method | gold, best | KL there | gold, end | win rate, end | KL, end | loss, end |
-|---|---|---|---|---|---|---|"""]
-    for method in methods:
-        rows = of(method)
-        if rows:
-            end = [row["curve"][-1] for row in rows]
-            text.append(f"| {method} | {shown([best(r)['gold'] for r in rows])} | {shown([best(r)['kl'] for r in rows], 1)} | "
-                        f"{shown([e['gold'] for e in end])} | {shown([100 * e['win'] for e in end], 0)} % | "
-                        f"{shown([e['kl'] for e in end], 1)} | {shown([e['loss'] for e in end], 3)} |")
-    svg(work / "methods.svg", "Gold reward of samples over training", "step", "gold reward",
-        {m: curve(of(m), "step", "gold") for m in methods if of(m)})
-    svg(work / "frontier.svg", "Gold reward against KL from the reference", "KL per reply, nats", "gold reward",
-        {m: curve(of(m), "kl", "gold")[:2] + (None,) for m in methods if of(m)})
-    text.append("\n![gold reward over training](study/methods.svg)\n\n![gold reward against KL](study/frontier.svg)\n")
+    text.append("\n## Gold reward at equal steps")
+    places = [k for k, step in enumerate(plan["points"]) if step in EQUAL_STEPS] or range(len(plan["points"]))
+    table(("method", *(f"step {plan['points'][k]}" for k in places)), [
+        (m, *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places)) for m, rows in methods.items()])
+    text.append("\n## Gold reward at equal KL\n\nWhere a training first passes the KL, interpolated.")
+    table(("method", *(f"KL {kl}" for kl in KLS)), [
+        (m, *(beside(rows, dpo, lambda row: at_kl(row, kl)) for kl in KLS)) for m, rows in methods.items()])
 
-    text.append("## Gold reward at equal KL\n\nWhere a training first passes the KL, interpolated; seeds that reach it.\n\n"
-                "| method | " + " | ".join(f"KL {k}" for k in KLS) + " |\n|---" + "|---" * len(KLS) + "|")
-    for method in methods:
-        cells = [[v for v in (at_kl(row, k) for row in of(method)) if v is not None] for k in KLS]
-        text.append(f"| {method} | " + " | ".join(f"{shown(c)} ({len(c)})" if c else "–" for c in cells) + " |")
+    half = np.mean([best(row)["gold"] for row in dpo]) / 2
+    text.append(f"\n## α and the speed\n\nDPO needs {shown([s for r in dpo if (s := steps_to(r, half))], 0)} steps to half of "
+                f"its best gold reward, {half:.2f}.")
+    table(("α", "steps to that", *(f"gold, step {plan['points'][k]}" for k in places[:2]), "gold, best", "gold, end", "KL, end", "tokens with f ≤ 0"), [
+        (f"{a}", shown([s for r in rows if (s := steps_to(r, half))] or [math.nan], 0),
+         *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
+         beside(rows, dpo, lambda row: best(row)["gold"]), beside(rows, dpo, end("gold")),
+         shown([end("kl")(r) for r in rows], 0), shown([100 * r["f_nonpositive"] for r in rows]) + " %")
+        for a, rows in alphas.items()])
+    plot("alpha", "TGDPO: gold reward over training by α", "step",
+         {"DPO": curve(dpo, "step", "gold")} | {f"α {a}": curve(rows, "step", "gold") for a, rows in alphas.items()})
 
-    text.append("\n## α and the speed\n\n| α | steps to DPO's best gold reward | gold, best | gold, end | KL, end | tokens with f ≤ 0 |"
-                "\n|---|---|---|---|---|---|")
-    target = np.mean([best(row)["gold"] for row in of("DPO")]) if of("DPO") else math.inf
-    for alpha in plan["alphas"]:
-        rows = of("TGDPO", alpha=alpha)
-        if rows:
-            reached = [next((p["step"] for p in row["curve"] if p["gold"] >= target), None) for row in rows]
-            hits = [s for s in reached if s is not None]
-            text.append(f"| {alpha} | {shown(hits, 0) if hits else '–'} ({len(hits)} of {len(rows)} seeds) | "
-                        f"{shown([best(r)['gold'] for r in rows])} | {shown([r['curve'][-1]['gold'] for r in rows])} | "
-                        f"{shown([r['curve'][-1]['kl'] for r in rows], 1)} | {shown([100 * r['f_nonpositive'] for r in rows])} % |")
-    svg(work / "alpha.svg", "TGDPO: gold reward over training by α", "step", "gold reward",
-        {f"α {a}": curve(of("TGDPO", alpha=a), "step", "gold") for a in plan["alphas"] if of("TGDPO", alpha=a)})
-    text.append("\n![gold reward by alpha](study/alpha.svg)\n")
-
-    text.append("## How many pairs\n\n| pairs | method | gold, best | gold, end | KL, end | correlation of r̂ and gold, per token |"
-                "\n|---|---|---|---|---|---|")
-    for size in sorted({plan["pairs"], *plan["sizes"]}):
-        for method in ("DPO", "SimPO", "TGDPO"):
-            rows = of(method, size)
-            if rows:
-                found = [r["correlation"] for r in rows if "correlation" in r]
-                text.append(f"| {size} | {method} | {shown([best(r)['gold'] for r in rows])} | "
-                            f"{shown([r['curve'][-1]['gold'] for r in rows])} | {shown([r['curve'][-1]['kl'] for r in rows], 1)} | "
-                            f"{shown(found, 3) if found else ''} |")
-    text.append("\n## How well r̂ finds the gold reward\n\nPearson's correlation per token over the held-out pairs.\n\n"
-                "| guide | pairs | correlation |\n|---|---|---|")
-    for method in methods:
-        for size in sorted({plan["pairs"], *plan["sizes"]}):
-            found = [r["correlation"] for r in of(method, size) if "correlation" in r]
-            if found:
-                text.append(f"| {method} | {size} | {shown(found, 3)} |")
-    claims = page.parent / "CLAIMS.md"
-    if claims.exists():
-        text.append("\n" + claims.read_text().strip())
+    text.append("\n## How many pairs")
+    table(("pairs", "method", "gold, best", "gold, end", "KL, end", *(f"at KL {kl}" for kl in (4, 16))), [
+        (f"{size}", m, beside(rows, of("DPO", size), lambda row: best(row)["gold"]),
+         beside(rows, of("DPO", size), end("gold")), shown([end("kl")(r) for r in rows], 0),
+         *(beside(rows, of("DPO", size), lambda row: at_kl(row, kl)) for kl in (4, 16)))
+        for size in sizes for m in ("DPO", "SimPO", "TGDPO") if (rows := of(m, size))])
+    text.append("\n## How well r̂ finds the gold reward\n\nPearson's correlation per token over the held-out pairs.")
+    table(("guide", "pairs", "correlation"), [
+        (m, f"{size}", shown(found, 3)) for m in methods for size in sizes
+        if (found := [r["correlation"] for r in of(m, size) if "correlation" in r])])
     page.write_text("\n".join(text) + "\n")
