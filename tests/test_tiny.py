@@ -147,16 +147,16 @@ def test_study_in_its_quick_form(tmp_path, capsys):
     arguments = ["--quick", "--workers", "0", "--work", str(tmp_path / "work"), "--page", str(tmp_path / "STUDY.md")]
     assert study.main(arguments) == 0
     told, lines = capsys.readouterr().out, (tmp_path / "work" / "study.jsonl").read_text().splitlines()
-    assert len(lines) == 13 and "13/13" in told
+    assert len(lines) == 15 and "15/15" in told
     assert {json.loads(line)["method"] for line in lines} == set(study.METHODS)
     (tmp_path / "work" / "study.jsonl").write_text("\n".join(lines[:-1]) + "\n")       # stopped before the last
     assert study.main(arguments) == 0
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
-    assert "13/13" in told and "12/13" not in told
+    assert "15/15" in told and "14/15" not in told
     again = json.loads((tmp_path / "work" / "study.jsonl").read_text().splitlines()[-1])
     assert again == json.loads(lines[-1])
     page = (tmp_path / "STUDY.md").read_text()
     assert all(f"| {method} |" in page for method in study.METHODS)
-    for name in ("methods", "frontier", "alpha"):
+    for name in ("methods", "guides", "frontier", "alpha"):
         assert f"study/{name}.svg" in page and (tmp_path / "work" / f"{name}.svg").read_text().startswith("<svg")

@@ -23,6 +23,9 @@ def interval(values):
 
 
 def shown(values, digits=2):
+    """Mean and interval in words, a dash where there are no values."""
+    if not len(values):
+        return "–"
     mean, half = interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
@@ -43,11 +46,11 @@ def beside(rows, others, value):
 
 def steps_to(line, gold):
     """The step at which the training first has the gold reward, interpolated; None where it never has."""
-    before = {"step": 0, "gold": line["start"]}
+    before = {"step": 0, "gold": min(line["start"], gold)}
     for point in line["curve"]:
-        if point["gold"] >= gold:
-            return before["step"] + (gold - before["gold"]) / (point["gold"] - before["gold"]) * (
-                point["step"] - before["step"])
+        if point["gold"] > gold:
+            share = (gold - before["gold"]) / (point["gold"] - before["gold"])
+            return before["step"] + share * (point["step"] - before["step"])
         before = point
     return None
 
@@ -172,7 +175,7 @@ the same seed. *Best* is the measured point with the highest gold reward, an ora
     text.append(f"\n## α and the speed\n\nDPO needs {shown([s for r in dpo if (s := steps_to(r, half))], 0)} steps to half of "
                 f"its best gold reward, {half:.2f}.")
     table(("α", "steps to that", *(f"gold, step {plan['points'][k]}" for k in places[:2]), "gold, best", "gold, end", "KL, end", "tokens with f ≤ 0"), [
-        (f"{a}", shown([s for r in rows if (s := steps_to(r, half))] or [math.nan], 0),
+        (f"{a}", shown([s for r in rows if (s := steps_to(r, half))], 0),
          *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
          beside(rows, dpo, lambda row: best(row)["gold"]), beside(rows, dpo, end("gold")),
          shown([end("kl")(r) for r in rows], 0), shown([100 * r["f_nonpositive"] for r in rows]) + " %")
