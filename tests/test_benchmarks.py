@@ -49,12 +49,12 @@ def losses(train, world, **settings):
 def test_the_authors_design_trains_to_our_losses(world):
     import authors
     import ours
-    mine = losses(ours.train, world, micro_tokens=150)
+    mine = losses(ours.train, world, micro_tokens=150, alpha=20)
     assert abs(mine[0] - np.log(2)) < 1e-6 and np.ptp(mine) > 1e-5
     for settings in ({"per_device": 1, "checkpointing": True}, {"per_device": 4, "checkpointing": False}):
-        np.testing.assert_allclose(losses(authors.train, world, **settings), mine, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(losses(authors.train, world, alpha=20, **settings), mine, atol=1e-5, rtol=0)
     dpo = losses(ours.train, world, loss="dpo")
-    assert np.abs(dpo - mine).max() > 1e-5
+    assert np.abs(dpo - mine).max() > 1e-4
     np.testing.assert_allclose(losses(authors.train, world, alpha=0), dpo, atol=1e-5, rtol=0)
 
 

@@ -296,7 +296,7 @@ def test_bad_rows_are_listed(world, capfd, tmp_path, out):
     assert lines[1:11] == [f"  {many}:{row}: missing field: `chosen`" for row in range(1, 11)]
     assert lines[11:] == ["  ... and 3 more"] and not (out).exists()
     assert train.main(arguments(world, out, "--data", many, "--skip-bad-rows", "--dry-run")) == 0
-    assert "  dropped 13: missing field: `chosen`" in capfd.readouterr().out.splitlines()
+    assert "  dropped 13: missing field" in capfd.readouterr().out.splitlines()
 
 
 def test_what_strangers_wrote_is_shown_not_sent(world, capfd, tmp_path, out):

@@ -98,11 +98,11 @@ def test_a_signal_in_an_evaluation_saves_first(world, tmp_path, monkeypatch, cap
     """The steps since the last checkpoint are not lost."""
     out, plain = tmp_path / "out", train.log_probs
 
-    def signalled(run, net, pairs, title, *save):
+    def signalled(run, net, pairs, title, *save, **named):
         if title == "evaluation":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.3)
-        return plain(run, net, pairs, title, *save)
+        return plain(run, net, pairs, title, *save, **named)
 
     monkeypatch.setattr(train, "log_probs", signalled)
     assert train.main(arguments(world, out, "--save-every", 0)) == 143

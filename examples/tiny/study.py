@@ -57,6 +57,8 @@ class Lab:
                                      for name in ("train.jsonl", "held_out.jsonl"))
         self.prompts = [pair.prompt.tolist() for pair in self.held_out[:prompts]]
         self.ref = model.load_model(self.start)
+        self.held_out_ref = logps(self.ref, self.held_out)
+        self.held_out_gold = torch.tensor([x for pair in self.held_out for x in self.token_gold(pair)])
         self.ref_gold = self.gold(self.samples(self.ref))
 
     def samples(self, net):
@@ -148,9 +150,8 @@ def guide_of(lab, kind, pairs, others, ref, seed, plan):
 
 def correlation(lab, net):
     """Pearson's correlation of r_hat and the gold reward over the held-out pairs' tokens."""
-    ratios = torch.cat([g - r for g, r in zip(logps(net, lab.held_out), logps(lab.ref, lab.held_out))])
-    gold = torch.tensor([x for pair in lab.held_out for x in lab.token_gold(pair)])
-    return float(torch.corrcoef(torch.stack([ratios.double(), gold.double()]))[0, 1])
+    ratios = torch.cat([g - r for g, r in zip(logps(net, lab.held_out), lab.held_out_ref)])
+    return float(torch.corrcoef(torch.stack([ratios.double(), lab.held_out_gold.double()]))[0, 1])
 
 
 def training(job):
