@@ -4,7 +4,7 @@
     python train.py --model DIR --data pairs.jsonl --dry-run               look at the pairs and the plan, train nothing
     python train.py --model meta-llama/Llama-3.2-1B-Instruct --data pairs.jsonl                 one GPU
     torchrun --nproc_per_node 8 train.py --model meta-llama/Meta-Llama-3-8B-Instruct --data pairs.jsonl   eight GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 train.py --hsdp 8 …        two nodes, on each
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --hsdp 8 …   two nodes
     python train.py --config OUT/config.toml --resume                      go on after a stop
 
 `--help` lists the options. A run of tgdpo has two stages: a guide is trained with DPO (or given with --guide), then
@@ -95,6 +95,7 @@ def sharded(directory, run, frozen=False):
             layer.compile()
         fully_shard(layer, **settings)
     fully_shard(net, **settings)
+    net.compiled = run.plan.compile
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
     processes.everywhere(lambda: model.load_weights(net, directory, shards.local_rows))
     return net
@@ -179,9 +180,10 @@ def log_probs(run, net, pairs, title, save=lambda: "what was saved before stands
     return [together[index] for index in range(len(pairs))]
 
 
-def cached_log_probs(run, kind, directory, pairs):
-    """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype."""
-    key = processes.first(lambda: cache.key({"weights": cache.weights_digest(directory),
+def cached_log_probs(run, kind, directory, pairs, digest=None):
+    """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype. digest: of
+    its weights, where it is known."""
+    key = processes.first(lambda: cache.key({"weights": digest or cache.weights_digest(directory),
                                              "pairs": data.fingerprint(pairs), "dtype": str(run.dtype)}))
     where, lengths = os.path.join(run.out, "cache"), [len(pair.chosen) + len(pair.rejected) for pair in pairs]
     found = processes.first(lambda: cache.read(where, kind, key, sum(lengths), say))
@@ -422,10 +424,10 @@ def whole_run(options, ranks, out):
 
     ref = guide = None
     if options.loss != "simpo":
-        ref = cached_log_probs(run, "ref", source, pairs + eval_pairs)
+        ref = cached_log_probs(run, "ref", source, pairs + eval_pairs, identity["model"])
     if options.loss == "tgdpo":
         guide_source = guide_source or train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source)
-        guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs)
+        guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, identity["guide"])
         say_alpha(run, pairs, ref, guide)
     stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
     policy, final = train(run, stage, source)
@@ -507,7 +509,7 @@ def main(argv=None):
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)
     except BadOption as error:
-        return complain(error, 0 if os.environ.get("RANK", "0") == "0" else 1)
+        return complain(error, int(os.environ.get("LOCAL_RANK", "0") != "0"))
     ranks = out = None
     try:
         ranks = processes.start(options.timeout_minutes)

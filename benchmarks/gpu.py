@@ -47,13 +47,12 @@ def main(argv=None):
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny model and four pairs a step")
     parser.add_argument("--batch", type=int, default=128, help="pairs a step")
-    parser.add_argument("--steps", type=int, default=4, help="steps measured; one more warms up")
     parser.add_argument("--out", default=results.PATH, help="the Markdown file whose sections are written")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --device cpu --small runs the same code without one")
     if options.small:
-        options.batch, options.steps = 4, 2
+        options.batch = 4
     options.config = workload.LLAMA_TINY if options.small else workload.LLAMA_3_2_1B
     with tempfile.TemporaryDirectory() as directory:
         for part in options.part:
@@ -234,24 +233,22 @@ def check_run(device, directory, start, settings):
 def speed(options, directory):
     """Warm and cold speed against the authors' design, and the log-prob function against its bare products."""
     policy = workload.write_model(directory / "policy", options.config, 0)
-    pairs = workload.make_pairs(options.batch * (options.steps + 1), options.config["vocab_size"],
-                                16 if options.small else 1)
+    pairs = workload.make_pairs(options.batch * 3, options.config["vocab_size"], 16 if options.small else 1)
     mine = apart(measure, options.device, policy, pairs, options.batch)
-    rows = [row("ours", mine, options)]
+    rows = [row("ours", mine, pairs, options)]
     theirs = {}
     for name, settings in {"a pair at a time, checkpointing": {"per_device": 1, "checkpointing": True},
                            "a pair at a time": {"per_device": 1, "checkpointing": False},
                            "padded in fours, checkpointing": {"per_device": 4, "checkpointing": True}}.items():
         name = f"authors' design, {name}"
         try:
-            each = contest.Contender("authors", policy, policy, pairs[:3 * options.batch], options.batch, options.device,
-                                     **settings)
+            each = contest.Contender("authors", policy, policy, pairs, options.batch, options.device, **settings)
             contest.take_turns([each], 3)
         except RuntimeError as error:
             rows.append([name, " ".join(str(error).split())[-60:], "", "", "", ""])
             continue
         theirs[name] = {"seconds": statistics.median(each.seconds[1:]), "peak": each.peak, "mfu": None}
-        rows.append(row(name, theirs[name], options))
+        rows.append(row(name, theirs[name], pairs, options))
     text = [results.table(["", "pairs/s", "tokens/s", "seconds a step", "MFU", "peak, GB"], rows), ""]
     if theirs:
         best = min(theirs.values(), key=lambda found: found["seconds"])
@@ -265,10 +262,9 @@ def speed(options, directory):
     return "\n".join(text)
 
 
-def row(name, found, options):
-    """A line of the table of speeds."""
-    pairs = workload.make_pairs(options.batch * 3, options.config["vocab_size"], 16 if options.small else 1)
-    tokens = workload.workload_tokens(pairs) / 3
+def row(name, found, pairs, options):
+    """A line of the table of speeds, of steps over `pairs` of which the first warmed up."""
+    tokens = workload.workload_tokens(pairs[options.batch:]) / (len(pairs) / options.batch - 1)
     mfu = f"{found['mfu']:.1%}" if found["mfu"] else "-"
     return [name, f"{options.batch / found['seconds']:.1f}", f"{tokens / found['seconds']:.0f}",
             f"{found['seconds']:.3f}", mfu, f"{found['peak'] / 1e9:.1f}"]

@@ -65,20 +65,6 @@ def workload_tokens(pairs):
     return int((lengths(pairs) @ [2, 1, 1]).sum())
 
 
-def flops(pairs, config):
-    """FLOPs that one training step on `pairs` needs, without recomputation, padding or a second prompt.
-
-    3 [2 N_body (P + C + R) + 2 N_head (C + R)] + 6 L d [(P + C)^2 + (P + R)^2 - P^2], d the queries' width.
-    """
-    P, C, R = lengths(pairs).T.astype(float)
-    width, head = config["hidden_size"], config["head_dim"]
-    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
-    layer = 2 * width * (queries + keys) + 3 * width * config["intermediate_size"]
-    matmul = 2 * config["num_hidden_layers"] * layer * (P + C + R) + 2 * config["vocab_size"] * width * (C + R)
-    attention = 6 * config["num_hidden_layers"] * queries * ((P + C) ** 2 + (P + R) ** 2 - P ** 2)
-    return float((3 * matmul + attention).sum())
-
-
 def write_model(directory, config, seed):
     """A random start N(0, 0.02) in Hugging Face's layout, the same for whoever loads it; `directory` is returned."""
     directory = Path(directory)

@@ -5,9 +5,10 @@ import time
 
 import torch
 
-# Peak dense bfloat16 rate in FLOP/s, by a part of the device's name (the makers' data sheets, without sparsity).
-PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
-         "A800": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+# Peak dense bfloat16 rate in FLOP/s, by words of the device's name (the makers' data sheets, without sparsity).
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "GH200": 989e12,
+         "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
+         "3090": 71e12}
 
 
 def pair_flops(config, prompt, chosen, rejected):
@@ -24,7 +25,8 @@ def pair_flops(config, prompt, chosen, rejected):
 
 def peak_flops(device_name):
     """The device's peak in FLOP/s, or None where it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    words = f" {device_name.replace('-', ' ')} "
+    return next((peak for name, peak in PEAKS.items() if f" {name} " in words), None)
 
 
 def speed(device, world, pairs, began, trained=None):

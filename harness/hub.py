@@ -1,7 +1,8 @@
 """Names on the command line -> files on this machine: what is here as it is, the rest from the Hub.
 
 Only data and weights are ever fetched: no pickle, no program. Downloads land in huggingface_hub's own cache,
-so a second call needs no network. The caller lets one rank of a node go first.
+so a second call needs no network. Rank 0 goes first (inputs.py); on other
+machines several ranks may ask at once, for which huggingface_hub locks its files.
 """
 
 import collections

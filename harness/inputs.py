@@ -1,5 +1,7 @@
 """What a run is given: models by directory or Hub id, a tokenizer, pairs, and what all of these are called together."""
 
+import torch.distributed as dist
+
 import data
 import model
 from harness import cache, hub, processes
@@ -7,17 +9,21 @@ from harness.options import BadOption
 
 
 def found_model(name):
-    """The directory of a model's name or Hub id, which rank 0 fetches first; its configuration and the names and
-    shapes of its tensors are checked before anything large is read."""
+    """The directory of a model's name or Hub id. Rank 0 fetches it and checks its configuration and the names and shapes
+    of its tensors, then the other ranks find it, or fetch it, on the machine that they are on."""
     processes.first(lambda: model.check(hub.model_directory(name)))
-    return hub.model_directory(name)
+    return processes.everywhere(lambda: hub.model_directory(name), patient=True)[dist.get_rank()]
 
 
 def load_data(options, source, guide_source):
-    """-> tokenizer, pairs, evaluation pairs, {"train": Counts, "eval": Counts}. Rank 0 reads, all ranks get them."""
+    """-> tokenizer, pairs, evaluation pairs, {"train": Counts, "eval": Counts}. Rank 0 reads the pairs for all."""
+    loaded = []
+
+    def load():
+        loaded.append(data.load_tokenizer(source, options.chat_template))
 
     def read():
-        tokenizer = data.load_tokenizer(source, options.chat_template)
+        tokenizer, = loaded
         for directory in filter(None, (source, guide_source)):
             if tokenizer.vocab_size > (size := model.read_config(directory).vocab_size):
                 raise model.BadCheckpoint(f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but "
@@ -42,7 +48,8 @@ def load_data(options, source, guide_source):
     def files(names):
         return [path for name in names for path in hub.data_files(name)]
 
-    return data.load_tokenizer(source, options.chat_template), *processes.first(read)
+    processes.everywhere(load, patient=True)
+    return *loaded, *processes.first(read)
 
 
 def describe(options, source, guide_source, tokenizer, pairs, dtype):

@@ -44,6 +44,7 @@ IGNORED = {
 }
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
 NOT_SAVED = ("out", "resume", "overwrite", "dry_run")
+FOLLOWS = {"guide_beta": "beta", "name": "loss"}       # the option whose value each takes where it is not given
 EXAMPLES = """\
 examples:
   python train.py                                   the bundled tiny example, about two minutes on a laptop
@@ -233,7 +234,7 @@ def answer_early(argv):
     try:
         resolve(argv)
     except BadOption as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":        # one of each machine, as their files may differ
             print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -245,6 +246,8 @@ def to_toml(options):
         value = getattr(options, name)
         if value is None or value == () or name in NOT_SAVED:
             continue
+        if name in FOLLOWS and value == getattr(options, FOLLOWS[name]):
+            continue        # so that it still follows where a flag overrides the other
         if field.metadata["group"] != group:
             group = field.metadata["group"]
             lines.append(f"\n# {group}\n")

@@ -36,6 +36,7 @@ RECORD = ("dropped.jsonl", "run.json", "config.toml")       # written before the
 RESULTS = ("checkpoints", "guide", "policy", "metrics.jsonl", "tokens.jsonl", "samples.json", "report.html",
            "guide.old", "policy.old", *RECORD)
 _held = contextlib.ExitStack()          # signal handlers and locks of this process, until stop()
+_patient = []                           # the group of all ranks in which they wait for one another that long
 _claimed = {}                           # directory -> "absent", "empty" or "used": what it was before
 
 
@@ -93,6 +94,8 @@ def start(timeout_minutes, device=None):
         dist.init_process_group(store=dist.HashStore(), **group)
     else:
         _join(group, timeout_minutes)
+    if world > 1:       # made while all are there: who is missing later would be waited for as patiently
+        _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     signals = Signals()
     _held.callback(signals.restore)
     return Ranks(rank, world, where, signals)
@@ -148,6 +151,7 @@ def _from_environment(name, default):
 def stop():
     """Leaves the process group, gives the output directory free and the signals back. Works at any time."""
     _held.close()
+    _patient.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -168,7 +172,6 @@ def together(work, otherwise):
     """
     if dist.get_world_size() == 1:
         return work()
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     result, error = None, None
     if dist.get_rank() == 0:
         try:
@@ -179,15 +182,15 @@ def together(work, otherwise):
     else:
         otherwise()
     outcome = [(result, _portable(error))]
-    dist.broadcast_object_list(outcome, src=0, group=patient)
-    dist.destroy_process_group(patient)
+    dist.broadcast_object_list(outcome, src=0, group=_patient[0])
     return _agreed([(result, error) if error else outcome[0]])[0]
 
 
-def everywhere(work):
+def everywhere(work, patient=False):
     """Every rank does `work()`. -> [rank 0's result, rank 1's, ...]
 
     Where it fails on any rank, all ranks raise the error of the first that failed, with `rank`, its number.
+    patient: the ranks wait for each other as long as it takes, not only as long as a collective may.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [work()]
@@ -197,7 +200,7 @@ def everywhere(work):
     except Exception as raised:
         error = raised
     outcomes = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, _portable(error)))
+    dist.all_gather_object(outcomes, (result, _portable(error)), group=_patient[0] if patient else None)
     if error:
         outcomes[dist.get_rank()] = (None, error)       # with its traceback
     return _agreed(outcomes)

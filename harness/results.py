@@ -66,10 +66,11 @@ def finish(out, options, tokenizer, pairs, models, answers):
     the order of pairs, or None; answers: name -> [(prompt, answer)]."""
     table = [_figures(name, logps, models["reference"], pairs, options.beta)
              for name, logps in models.items() if logps]
-    say(f"\n{len(models['policy'])} pairs{'':<18}accuracy    margin  log-ratio chosen  log-ratio rejected")
+    figure = "log-ratio" if models["reference"] else "log p"
+    say(f"\n{len(models['policy'])} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
     for row in table:
-        say(f"  {row['model']:<24}{row['accuracy']:>9.3f}{row['margin']:>10.3f}"
-            f"{row['logratio_chosen']:>18.3f}{row['logratio_rejected']:>20.3f}")
+        name, *numbers = row.values()
+        say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(name, *numbers))
     samples = [{"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
                for i, (prompt, _) in enumerate(answers["policy"])]
     for sample in samples:
@@ -125,15 +126,17 @@ def write(path, text):
 
 
 def _figures(name, logps, ref, pairs, beta):
-    """A row of the table: means over the pairs of the plain DPO reward margin and of log pi/pi_ref of each side."""
-    ratios = []
-    for i, logp in enumerate(logps):
+    """A row of the table: means over the pairs of the plain DPO reward margin and of log pi/pi_ref of each side.
+    SimPO has no reference: without one they are its margin, of mean log-probs, and log pi of each side."""
+    sums, lengths = [], [(len(pair.chosen), len(pair.rejected)) for pair in pairs[:len(logps)]]
+    for i, (logp, (C, _)) in enumerate(zip(logps, lengths)):
         ratio = (logp - ref[i] if ref else logp).double()
-        ratios.append((ratio[:len(pairs[i].chosen)].sum(), ratio[len(pairs[i].chosen):].sum()))
-    chosen, rejected = torch.tensor(ratios).T
-    margin = beta * (chosen - rejected)
+        sums.append((ratio[:C].sum(), ratio[C:].sum()))
+    sums = torch.tensor(sums)                                           # [B, 2]
+    rewards = beta * (sums if ref else sums / torch.tensor(lengths))
+    margin, figure = rewards[:, 0] - rewards[:, 1], "logratio" if ref else "logp"
     return {"model": name, "accuracy": (margin > 0).double().mean().item(), "margin": margin.mean().item(),
-            "logratio_chosen": chosen.mean().item(), "logratio_rejected": rejected.mean().item()}
+            f"{figure}_chosen": sums[:, 0].mean().item(), f"{figure}_rejected": sums[:, 1].mean().item()}
 
 
 def _processor():

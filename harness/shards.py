@@ -1,14 +1,11 @@
 """The rows of a parameter that fully_shard has dealt to the ranks: which are here, and all of them again."""
 
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 
 def local_rows(parameter):
     """This rank's rows of a sharded parameter, and the number of the first: fully_shard gives ceil(rows / ranks)
     consecutive rows to each rank."""
-    if not isinstance(parameter, DTensor):
-        return parameter.data, 0
     mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1     # HSDP: (replicas, shards)
     each = -(-parameter.shape[0] // mesh.size(shard_dim))
     return parameter.to_local().data, min(each * mesh.get_local_rank(shard_dim), parameter.shape[0])

@@ -257,8 +257,8 @@ def table(name, title, columns, rows, opened=True):
             "rows": [[written(cell) for cell in row] for row in rows]}
 
 
-MEANINGS = {"rows": "rows read", "kept": "pairs kept", "cut": "pairs with a response cut at its end",
-            "boundary": "pairs whose tokens differ at the prompt's end", "dropped": "rows dropped"}
+MEANINGS = {"rows": "rows read", "kept": "pairs kept", "cut": "responses cut at their end",
+            "boundary": "responses tokenised apart from the prompt", "dropped": "rows dropped"}
 
 
 def run_tables(run, config, dropped):

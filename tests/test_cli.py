@@ -102,12 +102,12 @@ def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, word
 
 def test_a_bad_option_ends_the_program_before_torch_is_imported(tmp_path):
     began = time.process_time()
-    for end in ({}, {"stdout": None}, {"RANK": "1"}):
+    for end in ({}, {"stdout": None}, {"LOCAL_RANK": "1"}):
         program = [sys.executable, ROOT / "train.py", "--epochs", "0"]
         shell = ["sh", "-c", '"$@" >&-', "sh"] if "stdout" in end else []
         done = subprocess.run(shell + program, cwd=tmp_path, capture_output=True, text=True,
                               env=os.environ | {name: text for name, text in end.items() if text})
-        expected = "" if "RANK" in end else "train.py: error: --epochs 0: must be at least 1\n"
+        expected = "" if "LOCAL_RANK" in end else "train.py: error: --epochs 0: must be at least 1\n"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
     assert os.listdir(tmp_path) == [] and time.process_time() - began < 3
 
@@ -461,6 +461,16 @@ def not_finite_on_rank_1(rank):
     model.load_weights = load
 
 
+def no_model_on_the_machine_of_rank_1(rank):
+    plain = train.inputs.hub.model_directory
+    train.inputs.hub.model_directory = lambda name: plain("/no/such/model" if rank == 1 else name)
+
+
+def no_tokenizer_on_the_machine_of_rank_1(rank):
+    plain = data.load_tokenizer
+    data.load_tokenizer = lambda source, template: plain("/no/such/model" if rank == 1 else source, template)
+
+
 def fault_of_rank_1(rank):
     plain = train.optimiser_step
 
@@ -495,6 +505,8 @@ def full_disk_on_rank_0(rank):
     (None, ["--bta", 4], [2, 2], 1, "unknown option --bta"),
     (None, ["--out", "/proc/tgdpo"], [2, 2], 1, "--out /proc/tgdpo: cannot be written"),
     (not_finite_on_rank_1, [], [2, 2], 1, "model.norm.weight holds values that are not finite"),
+    (no_model_on_the_machine_of_rank_1, [], [2, 2], 1, "/no/such/model: there is no such directory"),
+    (no_tokenizer_on_the_machine_of_rank_1, [], [2, 2], 1, "/no/such/model/tokenizer.json: no such file"),
     (full_disk_on_rank_0, [], [1, 1], 2, "No space left on device"),
 ])
 def test_several_ranks_end_alike_with_one_line(world, tmp_path, fault, more, statuses, count, words, out):

@@ -31,6 +31,11 @@ LLAMA_1B = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidd
                        "head_dim": 64, "tie_word_embeddings": True}
 
 
+def test_the_plan_counts_the_logits_that_are_made():
+    for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
+        assert model.chunk_rows(128256, device) * 128256 * 4 <= planned < (model.chunk_rows(128256, device) + 1) * 128256 * 4
+
+
 def status(key):
     """VmRSS, the resident size, or VmHWM, its peak, in bytes."""
     with open("/proc/self/status") as file:

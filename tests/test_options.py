@@ -202,6 +202,15 @@ def test_saved_config_gives_the_same_options(config, flags):
     assert resolve(config(options.to_toml(resolve(flags)))) == resolve(flags)
 
 
+def test_what_follows_another_option_still_does_when_a_flag_overrides_it(config):
+    saved = config(options.to_toml(resolve(["--beta", "0.2"])))
+    assert resolve(saved).guide_beta == 0.2 and resolve(saved).name == "tgdpo"
+    assert resolve(saved + ["--beta", "0.3"]).guide_beta == 0.3
+    assert resolve(saved + ["--loss", "dpo"]).name == "dpo"
+    own = config(options.to_toml(resolve(["--beta", "0.2", "--guide-beta", "0.1", "--name", "mine"])))
+    assert resolve(own + ["--beta", "0.3"]).guide_beta == 0.1 and resolve(own + ["--loss", "dpo"]).name == "mine"
+
+
 def test_saved_config_leaves_out_what_belongs_to_one_start(config, tmp_path):
     got = resolve(["--out", "x", "--overwrite", "--dry-run"])
     again = resolve(config(options.to_toml(got)))

@@ -64,6 +64,13 @@ def test_a_command_of_train_is_understood_and_shows_its_plan(world, tmp_path, ar
     assert "the first pair" in told and "pairs to train on" in told
 
 
+def test_several_nodes_meet_in_a_c10d_store():
+    """torchrun's own default, static, makes each node the first of its own."""
+    for text in (README, train.__doc__):
+        for line in text.splitlines():
+            assert "--rdzv_endpoint" not in line or "--rdzv_backend c10d" in line, line
+
+
 def test_every_row_of_the_readme_is_a_pair(world, tmp_path, capfd):
     assert len(ROWS) >= 5
     assert train.main(["--model", str(world / "model"), "--data", str(world / "pairs.jsonl"), "--dry-run"]) == 0

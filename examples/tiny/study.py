@@ -9,12 +9,14 @@ folder, so a study that is stopped goes on where it was. Writes STUDY.md and its
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import multiprocessing
 import pathlib
 import signal
 import sys
+import tempfile
 import types
 
 import numpy as np
@@ -39,8 +41,8 @@ QUICK = {"seeds": 1, "points": (1, 2), "guide_steps": 1, "pairs": 32, "sizes": (
 SIMPO = {"beta": 2.5, "gamma": 1.375}
 OTHER_BETA = 0.3
 METHODS = ("DPO", "SimPO", "TGDPO", "TGDPO, SimPO guide", "TGDPO, gold guide", "TGDPO, shuffled guide",
-           "TGDPO, half-data guide", "TGDPO, other-beta guide", "TGDPO, guide of other pairs",
-           "TGDPO, cross-fitted guide")
+           "TGDPO, half-data guide", "TGDPO, other-beta guide", "TGDPO, cross-fitted guide",
+           "TGDPO, f = 1 on shared tokens")
 LONGEST = 48            # tokens of a sampled reply
 
 
@@ -126,26 +128,45 @@ def trained(lab, pairs, seed, steps, loss="dpo", **changes):
     return next(fit(lab, loss, pairs, ref, None, seed, [steps], **changes))[2]
 
 
-def guide_of(lab, kind, pairs, others, ref, seed, plan):
-    """The guide's log-probs on `pairs`, and the model where there is one. others: as many pairs, none of them the same."""
+def guide_of(lab, kind, pairs, ref, seed, plan):
+    """The guide's log-probs on `pairs`, and the model whose r_hat they hold, where it is one. Every other guide's
+    log-ratios are scaled to the spread of the DPO guide's: what is compared is where they point, not how far."""
     half, steps = len(pairs) // 2, plan["guide_steps"]
-    if kind == "TGDPO, cross-fitted guide":     # each half is judged by a guide that learned from the other
-        nets = trained(lab, pairs[half:], seed, steps), trained(lab, pairs[:half], seed, steps)
-        return logps(nets[0], pairs[:half]) + logps(nets[1], pairs[half:]), None
-    learned = {"TGDPO, half-data guide": pairs[:half], "TGDPO, guide of other pairs": others}.get(kind, pairs)
-    if kind == "TGDPO, SimPO guide":
-        net = trained(lab, learned, seed, steps, "simpo", **SIMPO)
+    net = trained(lab, pairs, seed, steps, beta=BETA)
+    own = [g - r for g, r in zip(logps(net, pairs), ref)]
+    if kind == "TGDPO":
+        return [r + o for r, o in zip(ref, own)], net
+    if kind == "TGDPO, f = 1 on shared tokens":         # the DPO guide, silent where both responses agree
+        return [r + o * ~shared(pair) for r, o, pair in zip(ref, own, pairs)], None
+    net = None
+    if kind == "TGDPO, gold guide":
+        other = [torch.tensor(lab.token_gold(pair)) for pair in pairs]
+    elif kind == "TGDPO, shuffled guide":               # the DPO guide's, dealt to the tokens at random
+        mixed = torch.randperm(sum(map(len, own)), generator=torch.Generator().manual_seed(seed))
+        other = torch.cat(own)[mixed].split([len(o) for o in own])
+    elif kind == "TGDPO, cross-fitted guide":           # each half is judged by a guide that learned from the other
+        guide = (logps(trained(lab, pairs[half:], seed, steps, beta=BETA), pairs[:half]) +
+                 logps(trained(lab, pairs[:half], seed, steps, beta=BETA), pairs[half:]))
+        other = [g - r for g, r in zip(guide, ref)]
     else:
-        net = trained(lab, learned, seed, steps, beta=OTHER_BETA if kind == "TGDPO, other-beta guide" else BETA)
-    guide = logps(net, pairs)
-    ratios = torch.cat([g - r for g, r in zip(guide, ref)])
-    if kind == "TGDPO, gold guide":         # r_hat is the gold reward, scaled to the DPO guide's spread
-        gold = [torch.tensor(lab.token_gold(pair)) for pair in pairs]
-        return [r + ratios.std() / torch.cat(gold).std() * g for r, g in zip(ref, gold)], None
-    if kind == "TGDPO, shuffled guide":     # the DPO guide's r_hat, dealt to the tokens at random
-        mixed = ratios[torch.randperm(len(ratios), generator=torch.Generator().manual_seed(seed))]
-        return [r + m for r, m in zip(ref, mixed.split([len(r) for r in ref]))], None
-    return guide, net
+        if kind == "TGDPO, SimPO guide":
+            net = trained(lab, pairs, seed, steps, "simpo", **SIMPO)
+        elif kind == "TGDPO, half-data guide":
+            net = trained(lab, pairs[:half], seed, steps, beta=BETA)
+        else:
+            net = trained(lab, pairs, seed, steps, beta=OTHER_BETA)
+        other = [g - r for g, r in zip(logps(net, pairs), ref)]
+    scale = torch.cat(own).std() / torch.cat(other).std()
+    return [r + scale * o for r, o in zip(ref, other)], net
+
+
+def shared(pair):
+    """For each response token of a pair whether the other response has it too, in the same order: [C + R] bool."""
+    sides = pair.chosen.tolist(), pair.rejected.tolist()
+    found = torch.zeros(sum(map(len, sides)), dtype=torch.bool)
+    for a, b, size in difflib.SequenceMatcher(None, *sides, autojunk=False).get_matching_blocks():
+        found[a:a + size] = found[len(sides[0]) + b:len(sides[0]) + b + size] = True
+    return found
 
 
 def correlation(lab, net):
@@ -158,12 +179,12 @@ def training(job):
     """One training of the study, in a worker process: job = (method, pairs, alpha, seed, plan) -> its line."""
     method, count, alpha, seed, plan = job
     lab = training.lab
-    mixed = [lab.pairs[i] for i in np.random.default_rng(seed).permutation(len(lab.pairs))]
-    pairs, others = mixed[:count], mixed[count:2 * count]
+    chosen = np.random.default_rng(seed).permutation(len(lab.pairs))[:count]
+    pairs = [lab.pairs[i] for i in chosen]
     ref = logps(lab.ref, pairs)
     line = {"method": method, "pairs": count, "alpha": alpha, "seed": seed, "curve": []}
     if method.startswith("TGDPO"):
-        guide, net = guide_of(lab, method, pairs, others, ref, seed, plan)
+        guide, net = guide_of(lab, method, pairs, ref, seed, plan)
         r_hat = torch.cat([BETA * (g - r) for g, r in zip(guide, ref)])
         sides = torch.cat([torch.cat([torch.ones(len(p.chosen)), -torch.ones(len(p.rejected))]) for p in pairs])
         line["f_nonpositive"] = float((1 + alpha * sides * r_hat <= 0).double().mean())
@@ -209,30 +230,38 @@ def main(argv=None):
     """Run what is missing, then write the page. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
-    parser.add_argument("--work", default=str(HERE / "study"), help="where study.jsonl and the plots go [study]")
-    parser.add_argument("--page", default=str(HERE / "STUDY.md"))
+    parser.add_argument("--work", help="where study.jsonl and the plots go [study, with --quick a temporary folder]")
+    parser.add_argument("--page", help="[STUDY.md beside the folder]")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread; 0: in this one [2]")
     given = parser.parse_args(argv)
-    plan, work = QUICK if given.quick else FULL, pathlib.Path(given.work)
+    plan = QUICK if given.quick else FULL
+    work = pathlib.Path(given.work or (pathlib.Path(tempfile.mkdtemp()) if given.quick else HERE) / "study")
+    page = pathlib.Path(given.page or work.parent / "STUDY.md")
     work.mkdir(parents=True, exist_ok=True)
     path = work / "study.jsonl"
     lines = [json.loads(line) for line in open(path)] if path.exists() else []
     done = {(r["method"], r["pairs"], r["alpha"], r["seed"]) for r in lines}
     missing = [job for job in jobs(plan) if job[:4] not in done]
+    settings = json.loads(json.dumps(plan | {"lr": LR, "batch": BATCH, "beta": BETA, "simpo": SIMPO}))
     if not (work / "start.json").exists():
         lab = Lab(plan["prompts"])
-        (work / "start.json").write_text(json.dumps({"gold": float(lab.ref_gold.mean())}))
+        both = torch.cat([shared(pair) for pair in lab.held_out]).double().mean()
+        known = {"gold": float(lab.ref_gold.mean()), "shared": float(both)}
+        (work / "start.json").write_text(json.dumps(settings | known))
+    start = json.loads((work / "start.json").read_text())
+    if other := [name for name, value in settings.items() if start.get(name) != value]:
+        parser.error(f"{work} holds a study with another {', '.join(other)}; give another --work")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "a"))
         if given.workers:
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(context.Pool(given.workers, worker, (plan["prompts"],)))
-            trained = pool.imap_unordered(training, missing)
+            finished = pool.imap_unordered(training, missing)
         else:
             stack.callback(processes.stop)
             worker(plan["prompts"])
-            trained = map(training, missing)
-        for number, line in enumerate(trained, len(done) + 1):
+            finished = map(training, missing)
+        for number, line in enumerate(finished, len(done) + 1):
             file.write(json.dumps(line) + "\n")
             file.flush()
             lines.append(line)
@@ -240,8 +269,8 @@ def main(argv=None):
             print(f"{number}/{len(done) + len(missing)} {line['method']}, {line['pairs']} pairs, alpha {line['alpha']}, "
                   f"seed {line['seed']}: gold {last['gold']:.2f}, KL {last['kl']:.1f}", flush=True)
     from examples.tiny import study_page
-    study_page.write(pathlib.Path(given.page), work, lines, plan)
-    print(f"written: {given.page}")
+    study_page.write(page, work, lines, start)
+    print(f"written: {page}")
     return 0
 
 

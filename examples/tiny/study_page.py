@@ -112,9 +112,8 @@ def curve(lines, x, y):
 
 
 def write(page, work, lines, plan):
-    """Write the page and the plots from what is there."""
-    start = json.loads((work / "start.json").read_text())
-    lines = [line | {"start": start["gold"]} for line in lines if "failed" not in line]
+    """Write the page and the plots from what is there. plan: the object of start.json."""
+    lines = [line | {"start": plan["gold"]} for line in lines if "failed" not in line]
 
     def of(method, pairs=plan["pairs"], alpha=1.0):
         return [line for line in lines if (line["method"], line["pairs"], line["alpha"]) == (method, pairs, alpha)]
@@ -130,7 +129,7 @@ def write(page, work, lines, plan):
         svg(work / f"{name}.svg", title, xlabel, "gold reward", series)
         text.append(f"\n![{title}](study/{name}.svg)")
 
-    steps, epochs = plan["points"][-1], plan["points"][-1] * 32 / plan["pairs"]
+    steps, epochs = plan["points"][-1], plan["points"][-1] * plan["batch"] / plan["pairs"]
     methods = {m: of(m) for m in sorted({line["method"] for line in lines}, key=lambda m: (m not in MAIN, m)) if of(m)}
     dpo, sizes = methods["DPO"], sorted({plan["pairs"], *plan["sizes"]})
     alphas = {a: of("TGDPO", alpha=a) for a in plan["alphas"] if of("TGDPO", alpha=a)}
@@ -138,13 +137,17 @@ def write(page, work, lines, plan):
     text = [f"""# The paper's claims on the tiny example
 
 `python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan['seeds']} seeds, each of which draws its
-own pairs and their order. {steps} steps of 32 pairs at a constant learning rate are {epochs:.0f} epochs over {plan['pairs']} pairs: far past
-the point where a run would stop. β 0.1 (SimPO 2.5, γ 1.375), α 1 unless said. The guide is DPO after {plan['guide_steps']} steps.
+own pairs and their order. {steps} steps of {plan['batch']} pairs are {epochs:.0f} epochs over {plan['pairs']} pairs, far past the point where
+a run would stop; AdamW at {plan['lr']}, constant after a short warm-up. β {plan['beta']} (SimPO {plan['simpo']['beta']}, γ {plan['simpo']['gamma']}), α 1
+unless said. The guide is DPO after {plan['guide_steps']} steps on the same pairs. All other guides' r̂ (SimPO's, of another β, of half
+the pairs, gold, shuffled over the tokens, cross-fitted: each half of the pairs judged by a guide from the other) are
+scaled to the spread of that guide's, so that only their direction differs.
 
 Measured on {2 * plan['prompts']} samples for held-out prompts: the gold reward, which no method sees (the reference has
-{start['gold']:.2f}); the share of samples that beat the reference's for the same prompt; the KL divergence from the
+{plan['gold']:.2f}); the share of samples that beat the reference's for the same prompt; the KL divergence from the
 reference per reply, in nats. ± is a 95 % confidence interval over seeds; in brackets the difference to DPO with
-the same seed. *Best* is the measured point with the highest gold reward, an oracle's choice.
+the same seed. *Best* is the measured point with the highest gold reward, an oracle's choice. The responses of a
+held-out pair have {plan['shared']:.0%} of their tokens in common, in the same order.
 """]
     if claims.exists() and page.parent == work.parent:
         text.append(claims.read_text().strip() + "\n")
@@ -158,7 +161,8 @@ the same seed. *Best* is the measured point with the highest gold reward, an ora
     for name, title, some in (("methods", "Gold reward of samples over training", MAIN),
                               ("guides", "The same with other learned guides", ("DPO", "TGDPO", *learned))):
         plot(name, title, "step", {m: curve(methods[m], "step", "gold") for m in some if m in methods})
-    frontier = {m: [(kl, np.mean(found)) for kl in NEAR if (found := [v for row in rows if (v := at_kl(row, kl)) is not None])]
+    frontier = {m: [(kl, np.mean(found)) for kl in NEAR
+                    if (found := [v for row in rows if (v := at_kl(row, kl)) is not None])]
                 for m, rows in methods.items()}
     plot("frontier", "Gold reward against KL from the reference", "KL per reply, nats",
          {m: ([kl for kl, _ in points], [gold for _, gold in points], None) for m, points in frontier.items() if points})
@@ -170,20 +174,30 @@ the same seed. *Best* is the measured point with the highest gold reward, an ora
     text.append("\n## Gold reward at equal KL\n\nWhere a training first passes the KL, interpolated.")
     table(("method", *(f"KL {kl}" for kl in KLS)), [
         (m, *(beside(rows, dpo, lambda row: at_kl(row, kl)) for kl in KLS)) for m, rows in methods.items()])
+    text.append("\n## Against the shuffled guide\n\nThe same, in brackets the difference to the DPO guide's r̂ dealt to "
+                "the tokens at random: what the direction of r̂ is worth.")
+    random = methods["TGDPO, shuffled guide"]
+    table(("method", *(f"step {plan['points'][k]}" for k in places[:2]), *(f"KL {kl}" for kl in KLS)), [
+        (m, *(beside(rows, random, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
+         *(beside(rows, random, lambda row: at_kl(row, kl)) for kl in KLS))
+        for m, rows in methods.items() if m.startswith("TGDPO")])
 
     half = np.mean([best(row)["gold"] for row in dpo]) / 2
     text.append(f"\n## α and the speed\n\nDPO needs {shown([s for r in dpo if (s := steps_to(r, half))], 0)} steps to half of "
                 f"its best gold reward, {half:.2f}.")
-    table(("α", "steps to that", *(f"gold, step {plan['points'][k]}" for k in places[:2]), "gold, best", "gold, end", "KL, end", "tokens with f ≤ 0"), [
+    table(("α", "steps to that", *(f"gold, step {plan['points'][k]}" for k in places[:2]), "gold, best", "gold, end",
+           "KL, end", "tokens with f ≤ 0", "at most"), [
         (f"{a}", shown([s for r in rows if (s := steps_to(r, half))], 0),
          *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
          beside(rows, dpo, lambda row: best(row)["gold"]), beside(rows, dpo, end("gold")),
-         shown([end("kl")(r) for r in rows], 0), shown([100 * r["f_nonpositive"] for r in rows]) + " %")
+         shown([end("kl")(r) for r in rows], 0), shown([100 * r["f_nonpositive"] for r in rows]) + " %",
+         f"{max(100 * r['f_nonpositive'] for r in rows):.2f} %")
         for a, rows in alphas.items()])
     plot("alpha", "TGDPO: gold reward over training by α", "step",
          {"DPO": curve(dpo, "step", "gold")} | {f"α {a}": curve(rows, "step", "gold") for a, rows in alphas.items()})
 
-    text.append("\n## How many pairs")
+    text.append(f"\n## How many pairs\n\nAll sizes train for {steps} steps, so the fewer pairs the more epochs: "
+                + ", ".join(f"{size} pairs {steps * plan['batch'] / size:.0f}" for size in sizes) + ".")
     table(("pairs", "method", "gold, best", "gold, end", "KL, end", *(f"at KL {kl}" for kl in (4, 16))), [
         (f"{size}", m, beside(rows, of("DPO", size), lambda row: best(row)["gold"]),
          beside(rows, of("DPO", size), end("gold")), shown([end("kl")(r) for r in rows], 0),
