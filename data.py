@@ -352,7 +352,8 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     if not pairs:
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in dropped)
         raise BadData(f"{', '.join(map(str, paths))}: no pair is left of {len(outcomes)} rows: " +
-                      ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+                      ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) +
+                      "; give other data, or longer --max-length and --max-prompt-length")
     cut, boundary = (sum(outcome[i] for outcome in outcomes) for i in (3, 4))
     return pairs, Counts(len(outcomes), len(pairs), cut, boundary, dropped)
 

@@ -19,6 +19,7 @@ from harness import options as option_table
 if __name__ == "__main__":
     option_table.answer_early(sys.argv[1:])     # --help and a mistyped option need no torch
 
+import errno
 import gc
 import os
 import time
@@ -293,6 +294,16 @@ def refuse_not_finite(row, stage, batch, losses):
     raise RunFailed(f"the gradient is not finite; the step's pairs are {some([stage.pairs[i].source for i in batch])}")
 
 
+def refuse_lost_weights(net, when, checkpoints):
+    """All ranks raise alike where the optimiser has made a weight that is not finite: it is neither saved nor exported."""
+    finite = processes.everywhere(lambda: all(bool(shards.local_rows(parameter)[0].isfinite().all())
+                                              for parameter in net.parameters()))
+    if not all(finite):
+        last = processes.first(lambda: checkpoint.newest(checkpoints))
+        raise RunFailed(f"{when}: the weights are no longer finite; the last checkpoint is {last or 'none'}; "
+                        "try a lower --lr")
+
+
 def train(run, stage, directory):
     """Train the model of `directory` by the stage's loss, from the newest checkpoint where one stands. Returns the
     model and the evaluation pairs' log-probs at the end (None without evaluation pairs)."""
@@ -323,6 +334,7 @@ def train(run, stage, directory):
         nonlocal saved
         if step != saved:
             net.reshard()       # in an evaluation the root is gathered, and its parameters are not the optimiser's
+            refuse_lost_weights(net, f"{stage.loss} step {step}", checkpoints)
             epoch, position = divmod(step, per_epoch)
             checkpoint.save(checkpoints, step, training_state(net, optimiser), {
                 "identity": run.identity | {"stage": stage.loss}, "steps": total, "epoch": epoch,
@@ -351,8 +363,9 @@ def train(run, stage, directory):
             row = optimiser_step(run, net, optimiser, stage, batch)
         except RunFailed as failure:
             last = processes.first(lambda: checkpoint.newest(checkpoints))
+            mend = "a lower --lr or --alpha" if run.dtype == torch.float32 else "a lower --lr or --dtype float32"
             raise RunFailed(f"{stage.loss} step {step + 1}: {failure}; the optimiser did not take it; "
-                            f"the last checkpoint is {last or 'none'}; try a lower --lr or --dtype float32") from None
+                            f"the last checkpoint is {last or 'none'}; try {mend}") from None
         step += 1
         taken = [stage.pairs[i] for i in batch]
         row |= {"lr": group["lr"], **flops.speed(run.device, run.world, taken, began, net.config)}
@@ -413,11 +426,12 @@ def whole_run(options, ranks, out):
                                              model.read_config(source)))
         return
 
-    if options.overwrite:
-        processes.first(lambda: processes.clear(out, options))
     processes.first(lambda: results.foresee_space(out, options, model.read_config(source), dtype.itemsize, pairs,
                                                   eval_pairs))
-    identity = processes.first(lambda: inputs.describe(options, source, guide_source, tokenizer, pairs, dtype))
+    if options.overwrite:
+        processes.first(lambda: processes.clear(out, options))
+    identity = processes.first(lambda: inputs.describe(options, source, guide_source, tokenizer, pairs, eval_pairs,
+                                                        dtype))
     processes.first(lambda: results.begin(out, options, identity, counts, plan, ranks))
     run = Run(options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals,
               Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank), identity)
@@ -426,7 +440,8 @@ def whole_run(options, ranks, out):
     if options.loss != "simpo":
         ref = cached_log_probs(run, "ref", source, pairs + eval_pairs, identity["model"])
     if options.loss == "tgdpo":
-        guide_source = guide_source or train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source)
+        if guide_source is None:
+            guide_source, identity["guide"] = train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source)
         guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, identity["guide"])
         say_alpha(run, pairs, ref, guide)
     stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
@@ -465,15 +480,16 @@ def lay_out(options, ranks, source, dtype, longest):
 
 
 def train_guide(run, stage, source):
-    """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. -> its directory."""
+    """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. -> its directory and digest."""
     directory = os.path.join(run.out, "guide")
-    if not processes.first(lambda: os.path.isdir(directory)):
+    if new := not processes.first(lambda: results.has_guide(run.out)):
         guide, _ = train(run, stage, source)
         export(run, guide, directory, source)
         del guide
         release(run)
+    digest = processes.first(lambda: results.same_guide(run.out, directory, new))
     processes.first(lambda: checkpoint.drop_stage(os.path.join(run.out, "checkpoints"), stage.loss))
-    return directory
+    return directory, digest
 
 
 def say_alpha(run, pairs, ref, guide):
@@ -535,6 +551,8 @@ def complain(error, rank):
     text, words = None, str(error) if isinstance(error, data.BadData) else " ".join(str(error).split())
     if alike or isinstance(error, OSError):
         text = words
+        if getattr(error, "errno", None) == errno.ENOSPC and not alike:
+            text = f"{words}: the disk is full; free some of it and go on with --resume"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in words:
         text = f"out of memory on rank {rank}: {words}; try a smaller --micro-tokens, more ranks or --cpu-offload"
     elif isinstance(error, dist.DistError) or "gloo" in words:

@@ -52,10 +52,10 @@ def load_data(options, source, guide_source):
     return *loaded, *processes.first(read)
 
 
-def describe(options, source, guide_source, tokenizer, pairs, dtype):
+def describe(options, source, guide_source, tokenizer, pairs, eval_pairs, dtype):
     """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
     settings = ("loss", "beta", "alpha", "gamma", "guide_beta", "lr", "epochs", "batch_size", "warmup_ratio",
                 "schedule", "weight_decay", "max_grad_norm", "seed")
     return {name: getattr(options, name) for name in settings} | {
-        "data": data.fingerprint(pairs), "chat template": tokenizer.digest, "dtype": str(dtype),
+        "data": data.fingerprint(pairs), "evaluation data": data.fingerprint(eval_pairs), "chat template": tokenizer.digest, "dtype": str(dtype),
         "model": cache.weights_digest(source), "guide": guide_source and cache.weights_digest(guide_source)}

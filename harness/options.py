@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import textwrap
 import tomllib
@@ -211,7 +212,7 @@ def resolve(argv):
         chosen.setdefault("gamma", 1.375)
     chosen.setdefault("name", loss)
     max_length = chosen.get("max_length", FIELDS["max_length"].default)
-    chosen.setdefault("max_prompt_length", max(1, min(1800, max_length * 1800 // 2048)))
+    chosen.setdefault("max_prompt_length", _prompt_length(max_length))
     returns = chosen.get("resume") or chosen.get("overwrite")
     if config and returns and "out" not in chosen and _is_saved(config):
         chosen["out"] = os.path.dirname(os.path.abspath(config))
@@ -229,8 +230,15 @@ def resolve(argv):
     return Options(**chosen)
 
 
+def _prompt_length(max_length):
+    """The longest prompt where it is not given: 1800 of 2048 tokens."""
+    return max(1, min(1800, max_length * 1800 // 2048))
+
+
 def answer_early(argv):
-    """For the first lines of a script, before its slow imports: --help and bad options end it here."""
+    """For the first lines of a script, before its slow imports: --help and bad options end it here, and Ctrl-C ends it
+    without a traceback until the run has its own way with signals."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         resolve(argv)
     except BadOption as error:
@@ -248,6 +256,8 @@ def to_toml(options):
             continue
         if name in FOLLOWS and value == getattr(options, FOLLOWS[name]):
             continue        # so that it still follows where a flag overrides the other
+        if name == "max_prompt_length" and value == _prompt_length(options.max_length):
+            continue
         if field.metadata["group"] != group:
             group = field.metadata["group"]
             lines.append(f"\n# {group}\n")

@@ -323,6 +323,7 @@ def _claim(options):
             out = os.path.abspath(os.path.join("runs", options.name))
             out = _numbered(out, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
+        marked = any(os.path.lexists(os.path.join(out, name)) for name in (".lock", *RECORD))
         _lock(out)
     except FileExistsError as error:
         raise BadOption(f"--out {out}: {error.filename} is a file; give a directory") from None
@@ -332,6 +333,9 @@ def _claim(options):
     if found and not options.resume and not options.overwrite:
         raise BadOption(f"--out {out}: holds another run's results ({', '.join(found)}); "
                         "give --resume, --overwrite or another directory")
+    if found and options.overwrite and not marked:
+        raise BadOption(f"--out {out}: holds {', '.join(found)}, but nothing that tells of a run, so --overwrite "
+                        "removes none of it; give another directory")
     for name in RESULTS:
         _remove(os.path.join(out, f"{name}.tmp"))       # what a kill left half written
     _claimed[out] = "used" if found else "empty" if there else "absent"
@@ -344,12 +348,13 @@ def _found(out):
 
 
 def _numbered(path, existing):
-    """path, path-2, path-3, …: made new; or the highest that exists, where an existing one is asked for."""
+    """path, path-2, path-3, …: made new; or that of the run that was started last, where an existing one is asked for."""
     number, name = 1, path
     if existing:
-        while os.path.isdir(f"{path}-{number + 1}"):
-            number += 1
-        return path if number == 1 else f"{path}-{number}"
+        folder, base = os.path.split(path)
+        runs = [os.path.join(folder, n) for n in (os.listdir(folder) if os.path.isdir(folder) else [])
+                if re.fullmatch(rf"{re.escape(base)}(-\d+)?", n) and os.path.isdir(os.path.join(folder, n))]
+        return max(runs, key=_started, default=path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     while True:
         try:
@@ -358,6 +363,12 @@ def _numbered(path, existing):
         except FileExistsError:
             number += 1
             name = f"{path}-{number}"
+
+
+def _started(out):
+    """When the run in `out` began, as it wrote config.toml then and not again; and its number."""
+    place, number = os.path.join(out, "config.toml"), re.search(r"-(\d+)$", out)
+    return os.stat(place).st_mtime_ns if os.path.exists(place) else 0, int(number[1]) if number else 1
 
 
 def _lock(out):

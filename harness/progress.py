@@ -118,15 +118,21 @@ class Metrics:
         the checkpoint and is done again. The file is replaced in one move."""
         if self.rank or not os.path.exists(self.path):
             return
-        kept = []
+        kept, damaged = [], 0
         with open(self.path, "rb") as file:
-            for line in file:
-                row = _row(line)
-                if row is None or row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
-                    break
-                kept.append(line)
+            lines = file.readlines()
+        for line in lines:
+            row = _row(line)
+            if row is None:
+                damaged += line.endswith(b"\n")        # else a kill cut it short, as happens
+            elif row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
+                break
             else:
-                return
+                kept.append(line)
+        if damaged:
+            say(f"{self.path}: {damaged} damaged lines are left out")
+        if kept == lines:
+            return
         with open(f"{self.path}.tmp", "wb") as file:
             file.writelines(kept)
             file.flush()
@@ -138,6 +144,6 @@ def _row(line):
     """The row of a line; None where a kill or a full disk cut it short."""
     try:
         row = json.loads(line)
-        return row if line.endswith(b"\n") and row.keys() >= {"stage", "step"} else None
-    except (ValueError, AttributeError):
+        return row if line.endswith(b"\n") and isinstance(row["stage"], str) and isinstance(row["step"], int) else None
+    except (ValueError, LookupError, TypeError):
         return None

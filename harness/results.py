@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from harness import checkpoint, memory, options as option_table, preview
+import model
+from harness import cache, checkpoint, memory, options as option_table, preview
 from harness.options import BadOption
 from harness.progress import say
 from report import report
@@ -38,9 +39,11 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
 
 def begin(out, options, identity, counts, plan, ranks):
     """Write config.toml, run.json and dropped.jsonl. A directory that is resumed must be of the same run."""
-    path = os.path.join(out, "run.json")
+    path, guide = os.path.join(out, "run.json"), {}
     if options.resume and os.path.exists(path):
-        checkpoint.same_run(out, read_run(path)["identity"], identity)
+        before = read_run(path)
+        checkpoint.same_run(out, before["identity"], identity)
+        guide = {"guide": before["guide"]} if "guide" in before else {}
     write(os.path.join(out, "config.toml"), option_table.to_toml(options))
     write(os.path.join(out, "dropped.jsonl"), "".join(
         json.dumps(drop, ensure_ascii=False) + "\n" for count in counts.values() for drop in count.dropped))
@@ -51,12 +54,37 @@ def begin(out, options, identity, counts, plan, ranks):
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "data": {name: {"rows": c.rows, "kept": c.kept, "cut": c.cut, "boundary": c.boundary,
                         "dropped": len(c.dropped)} for name, c in counts.items()},
-        "plan": plan._asdict()})
+        "plan": plan._asdict()} | guide)
     for line in option_table.to_toml(options).splitlines():
         if line and not line.startswith("#"):
             say("  " + line)
     for line in preview.counts_lines(counts) + memory.lines(plan, ranks.world):
         say(line)
+
+
+def has_guide(out):
+    """Whether stage 1 has exported its guide; it may be gone by now, though the policy's training has begun."""
+    begun = checkpoint.newest(os.path.join(out, "checkpoints"))
+    return os.path.isdir(os.path.join(out, "guide")) or begun and "guide" in read_run(os.path.join(out, "run.json"))
+
+
+def same_guide(out, directory, new):
+    """-> the digest of the guide that stage 1 left in OUT/guide, kept in run.json. Raises BadCheckpointState where what
+    stands there now is another, or nothing. new: it was exported just now."""
+    path = os.path.join(out, "run.json")
+    run = read_run(path)
+    mend = "put back what stage 1 exported, or start anew with --overwrite"
+    if not os.path.isdir(directory):
+        raise checkpoint.BadCheckpointState(f"{directory} is gone, by which the policy is trained: {mend}")
+    try:
+        model.check(directory)
+    except model.BadCheckpoint as error:
+        raise checkpoint.BadCheckpointState(f"the guide is damaged: {error}: {mend}") from None
+    digest = cache.weights_digest(directory)
+    if not new and run.get("guide", digest) != digest:
+        raise checkpoint.BadCheckpointState(f"{directory} holds other weights than stage 1 exported: {mend}")
+    write_json(path, run | {"guide": digest})
+    return digest
 
 
 def finish(out, options, tokenizer, pairs, models, answers):

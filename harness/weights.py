@@ -61,8 +61,11 @@ def open_tensors(path):
         raise BadCheckpoint(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
     if not stat.S_ISREG(info.st_mode):
         raise BadCheckpoint(f"{path}: no regular file")
-    with open(path, "rb") as file:
-        head = file.read(512)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
     size = int.from_bytes(head[:8], "little")
     if head.startswith(b"version https://git-lfs"):
         raise BadCheckpoint(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")

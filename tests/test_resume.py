@@ -301,3 +301,71 @@ def test_the_cache_of_another_truncation_or_type_is_not_used(world, change, tmp_
     shutil.copytree(world / "whole/cache", tmp_path / "out/cache")
     assert train.main(arguments(world, tmp_path / "out", "--loss", "dpo", *change)) == 0
     assert "in the cache" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda guide: flip(guide / "model.safetensors"), "holds other weights than stage 1 exported"),
+    (lambda guide: (guide / "config.json").unlink(), "the guide is damaged: "),
+    (lambda guide: (guide / "model.safetensors").unlink(), "the guide is damaged: "),
+    (shutil.rmtree, "is gone, by which the policy is trained")])
+def test_a_guide_that_is_not_what_stage_1_exported_is_refused(world, damage, words, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "tgdpo", 2) == 143
+    damage(out / "guide")
+    capfd.readouterr()
+    assert train.main(arguments(world, out, "--resume")) == 2
+    err = capfd.readouterr().err
+    assert words in err and err.count("\n") == 1 and "put back what stage 1 exported" in err, err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
+
+
+def flip(path):
+    """Turns one bit in the middle of a file's numbers."""
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+
+
+def test_other_evaluation_data_are_refused_by_name(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "tgdpo", 2) == 143
+    capfd.readouterr()
+    assert train.main(arguments(world, out, "--resume", "--eval-data", world / "pairs.jsonl")) == 2
+    assert "these differ: evaluation data (" in capfd.readouterr().err
+
+
+def test_damaged_metrics_lose_no_other_row(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "tgdpo", 2) == 143
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join([*lines[:2], '{"stage": "dpo", "step": "x"}\n', "[\n", *lines[2:]]))
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert "2 damaged lines are left out" in capfd.readouterr().out
+    assert_bit_equal(out, world / "whole")
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(world, tmp_path, capfd):
+    out = tmp_path / "out"
+    more = "--loss", "dpo", "--lr", "1e38", "--weight-decay", "10", "--epochs", "1", "--batch-size", "64", "--schedule", "constant"
+    assert train.main(arguments(world, out, *more)) == 1
+    err = capfd.readouterr().err
+    assert "the weights are no longer finite; the last checkpoint is none" in err and err.count("\n") == 1, err
+    assert not (out / "policy").exists() and not any((out / "checkpoints").glob("step-*"))
+
+
+def test_overwrite_removes_only_what_a_run_left(world, tmp_path, capfd):
+    out = tmp_path / "mine"
+    (out / "policy").mkdir(parents=True)
+    (out / "policy" / "thesis.txt").write_text("mine")
+    assert train.main(arguments(world, out, "--overwrite")) == 2
+    assert "nothing that tells of a run" in capfd.readouterr().err and (out / "policy" / "thesis.txt").exists()
+
+
+def test_the_run_that_was_started_last_goes_on(tmp_path, monkeypatch):
+    """Not the one of the highest number: an earlier number may have come free."""
+    monkeypatch.chdir(tmp_path)
+    for second, name in enumerate(("tgdpo", "tgdpo-3", "tgdpo-2", "tgdpo-other")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").touch()
+        os.utime(tmp_path / "runs" / name / "config.toml", (second, second))
+    assert processes._numbered(str(tmp_path / "runs" / "tgdpo"), True) == str(tmp_path / "runs" / "tgdpo-2")
