@@ -10,6 +10,7 @@ import pty
 import re
 import shutil
 import socket
+import signal
 import subprocess
 import sys
 import termios
@@ -98,6 +99,15 @@ def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, word
     one = make_pairs(tmp_path / "one.jsonl", 1)
     more = [one if word == "ONE" else word for word in more]
     refused(capfd, arguments(world, out, *more), *words, out=out)
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
+    program = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path / "out"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    program.send_signal(signal.SIGINT)
+    printed = program.communicate(timeout=60)
+    assert program.returncode == 130 and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
 
 
 def test_a_bad_option_ends_the_program_before_torch_is_imported(tmp_path):
@@ -348,6 +358,16 @@ def test_a_table_compares_the_same_pairs(world, tmp_path):
         assert table[name]["logratio_chosen"] == pytest.approx(sum(ratios) / 4, abs=1e-4)
 
 
+def test_simpos_table_has_its_own_margin(world, tmp_path):
+    """It has no reference: mean log-probs make its margin, the same that the evaluation has."""
+    held_out = make_pairs(tmp_path / "held_out.jsonl", 5, seed=3)
+    assert train.main(arguments(world, tmp_path / "out", "--loss", "simpo", "--eval-data", held_out)) == 0
+    row, = json.load(open(tmp_path / "out/run.json"))["table"]
+    last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval"] and row["margin"] == pytest.approx(last["margin"], abs=1e-6)
+    assert row["accuracy"] == pytest.approx(last["accuracy"]) and row["logp_chosen"] < 0 and "logratio_chosen" not in row
+
+
 # ----------------------------------------------------------------------------------------------- surroundings
 
 def test_a_closed_pipe_and_a_locale_without_letters(world, tmp_path, out):
@@ -437,7 +457,7 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device"),
+    (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device: the disk is full; free"),
     (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
     (data.BadData("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong")])
 def test_what_is_foreseen_is_said_in_one_line(world, capfd, tmp_path, monkeypatch, error, status, words, out):

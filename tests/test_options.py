@@ -207,6 +207,7 @@ def test_what_follows_another_option_still_does_when_a_flag_overrides_it(config)
     assert resolve(saved).guide_beta == 0.2 and resolve(saved).name == "tgdpo"
     assert resolve(saved + ["--beta", "0.3"]).guide_beta == 0.3
     assert resolve(saved + ["--loss", "dpo"]).name == "dpo"
+    assert resolve(saved + ["--max-length", "128"]).max_prompt_length == 112
     own = config(options.to_toml(resolve(["--beta", "0.2", "--guide-beta", "0.1", "--name", "mine"])))
     assert resolve(own + ["--beta", "0.3"]).guide_beta == 0.1 and resolve(own + ["--loss", "dpo"]).name == "mine"
 

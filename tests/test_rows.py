@@ -169,7 +169,8 @@ def test_no_text_becomes_a_control_token_as_the_tokenizer_normalises(tmp_path):
 def test_no_pair_left(tmp_path, tokenizer):
     with pytest.raises(data.BadData) as error:
         load(tokenizer, tmp_path / "a.jsonl", row(chosen=""), row(rejected=""), row(chosen="there"))
-    said = "no pair is left of 3 rows: 2 empty response, 1 equal responses"
+    said = ("no pair is left of 3 rows: 2 empty response, 1 equal responses; "
+            "give other data, or longer --max-length and --max-prompt-length")
     assert str(error.value) == f"{tmp_path / 'a.jsonl'}: {said}"
 
 

@@ -1,6 +1,5 @@
 """STUDY.md and its plots from the lines of study.jsonl: means over the seeds with 95 % confidence intervals."""
 
-import json
 import math
 
 import numpy as np
