@@ -57,5 +57,6 @@ def describe(options, source, guide_source, tokenizer, pairs, eval_pairs, dtype)
     settings = ("loss", "beta", "alpha", "gamma", "guide_beta", "lr", "epochs", "batch_size", "warmup_ratio",
                 "schedule", "weight_decay", "max_grad_norm", "seed")
     return {name: getattr(options, name) for name in settings} | {
-        "data": data.fingerprint(pairs), "evaluation data": data.fingerprint(eval_pairs), "chat template": tokenizer.digest, "dtype": str(dtype),
+        "data": data.fingerprint(pairs), "evaluation data": data.fingerprint(eval_pairs),
+        "chat template": tokenizer.digest, "dtype": str(dtype),
         "model": cache.weights_digest(source), "guide": guide_source and cache.weights_digest(guide_source)}

@@ -348,7 +348,7 @@ def _found(out):
 
 
 def _numbered(path, existing):
-    """path, path-2, path-3, …: made new; or that of the run that was started last, where an existing one is asked for."""
+    """path, path-2, path-3, …: made new; or, where an existing one is asked for, that of the run started last."""
     number, name = 1, path
     if existing:
         folder, base = os.path.split(path)
@@ -366,7 +366,7 @@ def _numbered(path, existing):
 
 
 def _started(out):
-    """When the run in `out` began, as it wrote config.toml then and not again; and its number."""
+    """When the run in `out` was started or resumed last, as it writes config.toml then; and its number."""
     place, number = os.path.join(out, "config.toml"), re.search(r"-(\d+)$", out)
     return os.stat(place).st_mtime_ns if os.path.exists(place) else 0, int(number[1]) if number else 1
 
