@@ -5,28 +5,25 @@ make a `Pair` of token ids of them. Pairs are dealt to ranks and laid out as a `
 without padding, in which a pair's prompt stands once for both responses.
 Letters: B pairs, N rows (tokens of the pack), S segments (two a pair), M keys, R response tokens, V pieces.
 """
+
 import collections
-import functools
 import hashlib
 import heapq
 import itertools
-import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 import torch
 
-from harness.renderer import Renderer
-from harness.rows import BadData, BadRow, brief, open_file, read_object, read_rows
+from files.errors import BadInput, BadRow, brief
+from files.renderer import Renderer
+from files.rows import read_rows
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PROMPTS = ("prompt", "instruction", "conversations")
-TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-CHUNK = 512     # rows rendered and tokenised at a time
+CHUNK = 512  # rows rendered and tokenised at a time
 
 
 class Dropped(Exception):
@@ -35,22 +32,25 @@ class Dropped(Exception):
 
 class Pair(NamedTuple):
     """Token ids of one preference. The responses end with the end-of-turn token, unless they were cut."""
-    prompt: np.ndarray      # [P] int32, from the BOS to the assistant header: what inference would feed
-    chosen: np.ndarray      # [C] int32, every token of it is scored
-    rejected: np.ndarray    # [R] int32, likewise
-    source: str             # "FILE:ROW", rows counted from 1: lines, or elements of an array or table
+
+    prompt: np.ndarray  # [P] int32, from the BOS to the assistant header: what inference would feed
+    chosen: np.ndarray  # [C] int32, every token of it is scored
+    rejected: np.ndarray  # [R] int32, likewise
+    source: str  # "FILE:ROW", rows counted from 1: lines, or elements of an array or table
 
 
 class Counts(NamedTuple):
     """What became of the rows of the files."""
+
     rows: int
     kept: int
-    cut: int                # responses cut at max_length, of kept pairs
-    boundary: int           # responses tokenised apart from their prompt, of kept pairs
-    dropped: list           # {"file", "row", "reason"}; the reason's kind stands before its first colon
+    cut: int  # responses cut at max_length, of kept pairs
+    boundary: int  # responses tokenised apart from their prompt, of kept pairs
+    dropped: list  # {"file", "row", "reason"}; the reason's kind stands before its first colon
 
 
 # Rows to messages
+
 
 def text_of(value, field):
     """A string, or the joined strings of a list of text parts."""
@@ -60,8 +60,10 @@ def text_of(value, field):
         if parts and len(parts) == len(value) and all(isinstance(text, str) for text in texts):
             value = "".join(texts)
     if not isinstance(value, str):
-        raise BadRow(f"no text: `{field}` must be a string or a list of text parts, and is " + (
-            "missing" if value is None else f"a {type(value).__name__}"))
+        raise BadRow(
+            f"no text: `{field}` must be a string or a list of text parts, and is "
+            + ("missing" if value is None else f"a {type(value).__name__}")
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -76,8 +78,10 @@ def messages_of(value, field):
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
             raise BadRow(f"no message: `{place}` must be an object with role and content")
-        role, content = (message.get(b) if message.get(a) is None else message[a]
-                         for a, b in (("role", "from"), ("content", "value")))
+        role, content = (
+            message.get(b) if message.get(a) is None else message[a]
+            for a, b in (("role", "from"), ("content", "value"))
+        )
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"unknown role: {brief(role)!r} in `{place}`; known are {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": text_of(content, place)})
@@ -107,253 +111,86 @@ def preference_of(row):
         raise row
     if not isinstance(row, dict):
         raise BadRow(f"no object: the row is a {type(row).__name__}")
-    typed = "_messages" if row.get("chosen_messages") is not None else ""       # LLaMA-Factory's v1 form
+    typed = "_messages" if row.get("chosen_messages") is not None else ""  # LLaMA-Factory's v1 form
     prompt, sides = None if typed else prompt_of(row), []
     for field in ("chosen" + typed, "rejected" + typed):
         value = row.get(field)
         if not isinstance(value, (str, list, dict)):
-            raise BadRow(f"missing field: `{field}`" if value is None else
-                         f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}")
+            raise BadRow(
+                f"missing field: `{field}`"
+                if value is None
+                else f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}"
+            )
         value = {"role": "assistant", "content": value} if isinstance(value, str) else value
         side = messages_of(value, field)
         if not side or side[0]["role"] == "assistant":
             if prompt is None:
                 raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
             side = prompt + side
-        elif any(isinstance(row.get(name), list) for name in PROMPTS) and side[:len(prompt)] != prompt:
+        elif any(isinstance(row.get(name), list) for name in PROMPTS) and side[: len(prompt)] != prompt:
             raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
         roles = [message["role"] for message in side]
-        turns = roles[roles[:1] == ["system"]:]
+        turns = roles[roles[:1] == ["system"] :]
         if turns[-1:] != ["assistant"]:
             raise BadRow(f"no response: `{field}` must end with a message of the assistant")
         if turns != ["user", "assistant"] * (len(turns) // 2):
-            raise BadRow(f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, "
-                         "if any, user and assistant speak in turn")
+            raise BadRow(
+                f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, "
+                "if any, user and assistant speak in turn"
+            )
         sides.append(side)
     if sides[0][:-1] != sides[1][:-1]:
         raise BadRow("different prompts: chosen and rejected must answer the same messages")
     return sides[0][:-1], sides[0][-1]["content"], sides[1][-1]["content"]
 
 
-# Messages to token ids
-
-class ChatTokenizer:
-    """A tokenizer.json with its named tokens and chat template; `load_tokenizer` makes one."""
-
-    def __init__(self, directory, backend, tokens, template, template_name):
-        self.directory, self.backend, self.tokens = directory, backend, tokens
-        self.template, self.template_name = template, template_name
-        self.vocabulary = backend.get_vocab()                           # piece -> id
-        self.vocab_size = max(self.vocabulary.values()) + 1
-        self.longest = max(map(len, self.vocabulary))                   # most characters a token stands for
-        special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
-                   if token.content and (token.special or token.content in tokens.values())}
-        self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        special.pop(getattr(backend.model, "unk_token", None), None)    # its id may stand for any text
-        self.is_control = np.zeros(self.vocab_size, bool)               # [V]
-        self.is_control[list(special.values())] = True
-
-    @functools.cached_property
-    def digest(self):
-        """SHA-256 of pieces, named tokens and template, in hexadecimal."""
-        parts = [sorted(self.vocabulary.items()), self.tokens, self.template]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    @functools.cached_property
-    def end_ids(self):
-        """The ids that end the assistant's turn: the template's end-of-turn token, and eos."""
-        prompt, reply = [{"role": "user", "content": "Hi"}], "Hello"
-        with Renderer(self) as renderer:
-            _, end = self.scored(*renderer.render(prompt, [reply]), reply)
-        return {end, self.vocabulary.get(self.tokens.get("eos_token"), end)}
-
-    def decode(self, ids):
-        """The text of token ids, control tokens included."""
-        return self.backend.decode(list(map(int, ids)), skip_special_tokens=False)
-
-    def pieces(self, ids):
-        """The text that each token adds; of tokens that share a character the last has it, the others ''."""
-        anchor = self.encode(["x"])[0][-1:]         # keeps a first space from being cut
-        known, texts, start = len(self.decode(anchor)), [], 0
-        for end in range(1, len(ids) + 1):
-            text = self.decode([*anchor, *ids[start:end]])[known:]
-            if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
-                text = ""           # the character goes on in the next token: it has four bytes at most
-            else:
-                start = end
-            texts.append(text)
-        return texts
-
-    def prompt_ids(self, messages):
-        """The ids that inference feeds: transformers' apply_chat_template(…, add_generation_prompt=True)."""
-        with Renderer(self) as renderer:
-            return self.encode(renderer.render(messages))[0]
-
-    def scored(self, prompt, full, reply):
-        """The text after the prompt that is scored, and the id that ends it. Raises BadRow.
-
-        The template writes [lead][reply][tail][end token][rest] after the prompt. Scored are lead, reply and
-        end token (eos where the template has none). Blanks that the template adds as a tail are not: at
-        inference the turn ends right behind the reply.
-        """
-        if not prompt or not full.startswith(prompt):
-            raise BadRow("chat template changes the prompt: with a response, the conversation does not begin "
-                         f"with the text that inference feeds ({self.template_name})")
-        after, core = full[len(prompt):], reply.strip()
-        end = self.control.search(after)
-        body = after[:end.start()] if end else after
-        lead = len(body) - len(body.lstrip())
-        if not body.startswith(core, lead):
-            raise BadRow("chat template " + (
-                f"writes no generation prompt: {brief(after[:after.find(core)])!r} stands before the response"
-                if core in after else "drops or changes the response: it is not what follows the prompt") +
-                f" ({self.template_name})")
-        tail, own = body[lead + len(core):], reply[len(reply.rstrip()):]
-        if tail.strip():
-            raise BadRow(f"chat template ends the turn with text: {brief(tail)!r} is no control token of the "
-                         f"tokenizer ({self.template_name})")
-        end = self.vocabulary.get(end[0] if end else self.tokens.get("eos_token"))
-        if end is None:
-            raise BadRow("chat template ends no turn: no control token stands behind the response, and the "
-                         f"tokenizer has no eos_token ({self.template_name})")
-        return body[:lead + len(core)] + (own if tail.startswith(own) else ""), end
-
-    def encode(self, texts):
-        """Token ids of each text, [list of ids], without a BOS of the tokenizer's own. Raises BadData."""
-        try:
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except BaseException as error:      # bare Exceptions, and panics that are not even those
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise BadData(f"{self.directory}: its tokenizer.json cannot encode: {brief(error)}") from None
-        return [encoding.ids for encoding in encodings]
-
-    def encode_after(self, prompts, texts):
-        """Ids of texts that follow prompts: [(ids of the prompt, [ids of each text], texts encoded apart)].
-
-        prompts: B strings; texts: B lists of strings. Both are encoded jointly; where a token reaches across
-        the boundary the prompt keeps its own ids, and the text is encoded as if it followed something else.
-        """
-        prompt_ids, starts, wholes = self.encode(prompts), [], []
-        for prompt, ids, both in zip(prompts, prompt_ids, texts):
-            last = max(np.flatnonzero(self.is_control[ids]), default=0)     # a control token splits the text
-            start = prompt.rfind(self.backend.id_to_token(ids[last])) if self.is_control[ids[last]] else 0
-            starts.append((last, start) if start > 0 else (0, 0))
-            wholes += [prompt[max(start, 0):] + text for text in both]
-        joint, results = iter(self.encode(wholes)), []
-        for ids, (last, _), both in zip(prompt_ids, starts, texts):
-            known, responses, apart = ids[last:], [], 0
-            for text, tokens in zip(both, joint):
-                agree = tokens[:len(known)] == known
-                responses.append(tokens[len(known):] if agree else self.continuation(text))
-                apart += not agree
-            results.append((ids, responses, apart))
-        return results
-
-    def continuation(self, text):
-        """Token ids of text in the middle of other text: no BOS and no dummy space stands before it."""
-        for anchor in ("\n", "x", "."):
-            before, joint = self.encode([anchor, anchor + text])
-            if joint[:len(before)] == before:
-                return joint[len(before):]
-        return self.encode([text])[0]
-
-
-def load_tokenizer(directory, chat_template=None):
-    """Reads tokenizer.json, the named tokens and the chat template of a model directory into a ChatTokenizer.
-
-    chat_template: a file to use in place of the tokenizer's own. A tokenizer without a template loads, and is
-    refused when something is to be rendered. Raises BadData.
-    """
-    directory = Path(directory)
-    with open_file(directory / "tokenizer.json") as file:
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(file.read())
-        except Exception as error:      # the library raises bare Exceptions
-            raise BadData(f"{file.name}: the tokenizers library cannot read it: {brief(error)}") from None
-    vocabulary = backend.get_vocab()
-    if not 0 < max(vocabulary.values(), default=0) < 1 << 24:
-        raise BadData(f"{directory / 'tokenizer.json'}: has no pieces, or ids beyond 16 million")
-    backend.no_truncation()
-    backend.no_padding()
-    name = directory / "tokenizer_config.json"
-    config, older, tokens = read_object(name), read_object(directory / "special_tokens_map.json"), {}
-    for kind in TOKENS:
-        token = older.get(kind) if config.get(kind) is None else config[kind]
-        token = token.get("content") if isinstance(token, dict) else token
-        if token is not None:
-            tokens[kind] = token
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise BadData(f"{name}: none of its chat templates is named default; --chat-template gives one")
-        template = template["default"]
-    try:
-        for text in (*tokens.values(), template or ""):
-            text.encode()
-    except (AttributeError, UnicodeEncodeError):
-        raise BadData(f"{name}: its named tokens and chat template must be text") from None
-    file = Path(chat_template or directory / "chat_template.jinja")
-    if chat_template or file.exists():
-        with open_file(file) as opened:
-            try:
-                template, name = opened.read().decode("utf-8-sig"), file
-            except UnicodeDecodeError:
-                raise BadData(f"{file}: is no chat template: not UTF-8") from None
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    plain = [token for token in tokens.values() if token in vocabulary and token not in added]
-    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
-    return ChatTokenizer(directory, backend, tokens, template, name)
-
-
-def same_vocabulary(a, b):
-    """Raises BadData unless the vocabularies of two ChatTokenizers are the same, piece by piece."""
-    pieces_a, pieces_b = ({i: piece for piece, i in tokenizer.vocabulary.items()} for tokenizer in (a, b))
-    other = [i for i in sorted(pieces_a.keys() | pieces_b.keys()) if pieces_a.get(i) != pieces_b.get(i)]
-    if other:
-        piece_a, piece_b = pieces_a.get(other[0]), pieces_b.get(other[0])
-        raise BadData(f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean "
-                      f"other pieces, the first {other[0]}, {piece_b!r} against {piece_a!r}; a guide must "
-                      "share the policy's tokenizer")
-
-
 # Files to pairs
+
 
 def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False):
     """Reads files of preference rows into ([Pair], Counts).
 
     paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
-    of the prompt alone. Raises BadData for a file or template that cannot be used, for rows that cannot be
+    of the prompt alone. Raises BadInput for a file or template that cannot be used, for rows that cannot be
     read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
-    clip = (max_length + 1) * tokenizer.longest     # more characters are more than max_length tokens
-    outcomes = []       # (file, row, Pair or BadRow or Dropped, responses cut, responses tokenised apart)
+    clip = (max_length + 1) * tokenizer.longest  # more characters are more than max_length tokens
+    outcomes = []  # (file, row, Pair or BadRow or Dropped, responses cut, responses tokenised apart)
     with ThreadPoolExecutor(1) as pool, Renderer(tokenizer) as renderer:
+
         def render_some():
-            return [(path, row, texts_of(value, tokenizer, renderer, clip))
-                    for path, row, value in itertools.islice(rows, CHUNK)]
+            return [
+                (path, row, texts_of(value, tokenizer, renderer, clip))
+                for path, row, value in itertools.islice(rows, CHUNK)
+            ]
+
         ahead = pool.submit(render_some)
         while chunk := ahead.result():
-            ahead = pool.submit(render_some)        # the next rows are rendered while these are tokenised
+            ahead = pool.submit(render_some)  # the next rows are rendered while these are tokenised
             outcomes += pairs_of(chunk, tokenizer, max_length, max_prompt_length)
     bad = [f"{path}:{row}: {outcome}" for path, row, outcome, _, _ in outcomes if isinstance(outcome, BadRow)]
     if bad and not skip_bad_rows:
         if len(bad) == 1:
-            raise BadData(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
+            raise BadInput(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
         more = f"\n... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise BadData(f"{len(bad)} of {len(outcomes)} rows cannot be used; mend them, or drop such rows with "
-                      "--skip-bad-rows\n" + "\n".join(bad[:10]) + more)
+        raise BadInput(
+            f"{len(bad)} of {len(outcomes)} rows cannot be used; mend them, or drop such rows with "
+            "--skip-bad-rows\n" + "\n".join(bad[:10]) + more
+        )
     pairs = [outcome for _, _, outcome, _, _ in outcomes if isinstance(outcome, Pair)]
-    dropped = [{"file": str(path), "row": row, "reason": str(outcome)}
-               for path, row, outcome, _, _ in outcomes if not isinstance(outcome, Pair)]
+    dropped = [
+        {"file": str(path), "row": row, "reason": str(outcome)}
+        for path, row, outcome, _, _ in outcomes
+        if not isinstance(outcome, Pair)
+    ]
     if not pairs:
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in dropped)
-        raise BadData(f"{', '.join(map(str, paths))}: no pair is left of {len(outcomes)} rows: " +
-                      ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) +
-                      "; give other data, or longer --max-length and --max-prompt-length")
+        raise BadInput(
+            f"{', '.join(map(str, paths))}: no pair is left of {len(outcomes)} rows: "
+            + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+            + "; give other data, or longer --max-length and --max-prompt-length"
+        )
     cut, boundary = (sum(outcome[i] for outcome in outcomes) for i in (3, 4))
     return pairs, Counts(len(outcomes), len(pairs), cut, boundary, dropped)
 
@@ -374,8 +211,11 @@ def texts_of(row, tokenizer, renderer, clip):
         if len(before) > clip:
             return Dropped(f"prompt too long: {len(before)} characters")
         texts, ends = zip(*(tokenizer.scored(before, *both) for both in zip(full, replies)))
-        return before, [text[:clip] for text in texts], [
-            end if len(text) <= clip else None for text, end in zip(texts, ends)]
+        return (
+            before,
+            [text[:clip] for text in texts],
+            [end if len(text) <= clip else None for text, end in zip(texts, ends)],
+        )
     except BadRow as error:
         return error
 
@@ -391,9 +231,10 @@ def pairs_of(chunk, tokenizer, max_length, max_prompt_length):
             (text, _, ends), (prompt, responses, apart) = outcome, next(encoded)
             room = max(max_length - len(prompt), 0)
             cut = sum(end is None or len(ids) >= room for ids, end in zip(responses, ends))
-            chosen, rejected = (np.array((ids if end is None else [*ids, end])[:room], np.int32)
-                                for ids, end in zip(responses, ends))
-            written = len(tokenizer.control.findall(text))      # the template's own control tokens
+            chosen, rejected = (
+                np.array((ids if end is None else [*ids, end])[:room], np.int32) for ids, end in zip(responses, ends)
+            )
+            written = len(tokenizer.control.findall(text))  # the template's own control tokens
             if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > written:
                 outcome = Dropped("control token in the text: it appears as the tokenizer normalises")
             elif len(prompt) > max_prompt_length:
@@ -411,22 +252,24 @@ def pairs_of(chunk, tokenizer, max_length, max_prompt_length):
 
 # Pairs to batches
 
+
 class Pack(NamedTuple):
     """Pairs side by side in one row; see `collate`."""
-    tokens: torch.Tensor        # [N] int64
-    positions: torch.Tensor     # [N] int64, each branch counted from the prompt's first token
-    cu_q: torch.Tensor          # [S + 1] int32, where the queries of each segment begin
-    cu_k: torch.Tensor          # [S + 1] int32, where its keys begin; causal, aligned at the bottom right
-    max_q: int                  # most queries in a segment
-    max_k: int                  # most keys in a segment
-    keys: torch.Tensor          # [M] int64, the row that serves as each key
-    first: torch.Tensor         # [N] int64, where in keys each row stands first
-    shared: torch.Tensor        # [U] int64, the rows that stand there twice (the prompts')
-    second: torch.Tensor        # [U] int64, and where they stand again
-    predictors: torch.Tensor    # [R] int64, the row that predicts each response token
-    targets: torch.Tensor       # [R] int64, the response tokens: pair by pair, chosen then rejected
-    chosen_lengths: tuple       # B ints
-    rejected_lengths: tuple     # B ints
+
+    tokens: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64, each branch counted from the prompt's first token
+    cu_q: torch.Tensor  # [S + 1] int32, where the queries of each segment begin
+    cu_k: torch.Tensor  # [S + 1] int32, where its keys begin; causal, aligned at the bottom right
+    max_q: int  # most queries in a segment
+    max_k: int  # most keys in a segment
+    keys: torch.Tensor  # [M] int64, the row that serves as each key
+    first: torch.Tensor  # [N] int64, where in keys each row stands first
+    shared: torch.Tensor  # [U] int64, the rows that stand there twice (the prompts')
+    second: torch.Tensor  # [U] int64, and where they stand again
+    predictors: torch.Tensor  # [R] int64, the row that predicts each response token
+    targets: torch.Tensor  # [R] int64, the response tokens: pair by pair, chosen then rejected
+    chosen_lengths: tuple  # B ints
+    rejected_lengths: tuple  # B ints
 
 
 def collate(pairs, share_prompt=True):
@@ -462,8 +305,8 @@ def collate(pairs, share_prompt=True):
     row = key = 0
     for prompt, chosen, rejected, _ in pairs:
         P, C, R = len(prompt), len(chosen), len(rejected)
-        own = P if share_prompt else 0              # where the second segment's own rows begin
-        segment_w = np.arange(row, row + P + C)     # [P + C] rows
+        own = P if share_prompt else 0  # where the second segment's own rows begin
+        segment_w = np.arange(row, row + P + C)  # [P + C] rows
         row += P + C
         segment_l = np.concatenate([segment_w[:own], np.arange(row, row + P + R - own)])  # [P + R] rows
         tokens += [prompt, chosen, prompt[own:], rejected]
@@ -472,18 +315,33 @@ def collate(pairs, share_prompt=True):
         first += [np.arange(key, key + P + C), np.arange(key + P + C + own, key + P + C + P + R)]
         shared += [segment_w[:own]]
         second += [np.arange(key + P + C, key + P + C + own)]
-        predictors += [segment_w[P - 1:-1], segment_l[P - 1:-1]]
+        predictors += [segment_w[P - 1 : -1], segment_l[P - 1 : -1]]
         targets += [chosen, rejected]
         cu_q += [row, row + P + R - own]
         cu_k += [key + P + C, key + P + C + P + R]
         row, key = cu_q[-1], cu_k[-1]
     cu_q, cu_k = np.array([0] + cu_q, np.int32), np.array([0] + cu_k, np.int32)
-    joined = [torch.from_numpy(np.concatenate(parts).astype(np.int64))
-              for parts in (tokens, positions, keys, first, shared, second, predictors, targets)]
+    joined = [
+        torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        for parts in (tokens, positions, keys, first, shared, second, predictors, targets)
+    ]
     tokens, positions, keys, first, shared, second, predictors, targets = joined
-    return Pack(tokens, positions, torch.from_numpy(cu_q), torch.from_numpy(cu_k), int(np.diff(cu_q).max()),
-                int(np.diff(cu_k).max()), keys, first, shared, second, predictors, targets,
-                tuple(len(pair.chosen) for pair in pairs), tuple(len(pair.rejected) for pair in pairs))
+    return Pack(
+        tokens,
+        positions,
+        torch.from_numpy(cu_q),
+        torch.from_numpy(cu_k),
+        int(np.diff(cu_q).max()),
+        int(np.diff(cu_k).max()),
+        keys,
+        first,
+        shared,
+        second,
+        predictors,
+        targets,
+        tuple(len(pair.chosen) for pair in pairs),
+        tuple(len(pair.rejected) for pair in pairs),
+    )
 
 
 def deal(lengths, world_size, micro_tokens):
@@ -499,7 +357,7 @@ def deal(lengths, world_size, micro_tokens):
     micro_batches = max(1, -(-least // (world_size * micro_tokens)))
     while True:
         bins = [[] for _ in range(world_size * micro_batches)]
-        loads = [(0, b) for b in range(len(bins))]      # a heap
+        loads = [(0, b) for b in range(len(bins))]  # a heap
         for index in order:
             load, b = loads[0]
             bins[b].append(index)
@@ -511,7 +369,7 @@ def deal(lengths, world_size, micro_tokens):
     ranks, totals = [[] for _ in range(world_size)], [0] * world_size
     for k in range(0, len(bins), world_size):
         emptiest = sorted(range(world_size), key=totals.__getitem__)
-        for rank, (load, b) in zip(emptiest, fullest[k:k + world_size]):
+        for rank, (load, b) in zip(emptiest, fullest[k : k + world_size]):
             ranks[rank].append(bins[b])
             totals[rank] += load
     return ranks
@@ -520,7 +378,7 @@ def deal(lengths, world_size, micro_tokens):
 def epoch_order(count, seed, epoch):
     """The order in which an epoch reads `count` pairs: [count] int64."""
     stream = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
-    return np.random.RandomState(stream).permutation(count)     # numpy never changes RandomState's draws
+    return np.random.RandomState(stream).permutation(count)  # numpy never changes RandomState's draws
 
 
 def fingerprint(pairs):

@@ -23,14 +23,16 @@ from torch import nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
-from harness.weights import PIECE, BadCheckpoint, open_tensors, read_json, save_model, tensor_files
-
+from files.errors import BadInput
+from files.weights import PIECE, open_tensors, read_json, tensor_files
 
 # ---------------------------------------------------------------------------------------------- configuration
+
 
 @dataclass(frozen=True)
 class Config:
     """The fields of config.json that change what the model computes, under their Hugging Face names."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -38,24 +40,27 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int    # what the checkpoint was trained for, in tokens; longer input is the caller's risk
+    max_position_embeddings: int  # what the checkpoint was trained for, in tokens; longer input is the caller's risk
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict              # {"rope_type": "default" | "linear" | "llama3", and its numbers}
+    rope_scaling: dict  # {"rope_type": "default" | "linear" | "llama3", and its numbers}
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    sliding_window: int | None      # Mistral v0.1: a token sees this many keys, itself among them
+    sliding_window: int | None  # Mistral v0.1: a token sees this many keys, itself among them
 
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-ROPE_NUMBERS = {"default": (), "linear": ("factor",),
-                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def read_config(directory):
     """Read DIRECTORY/config.json -> Config. Both spellings of RoPE are read: `rope_theta` + `rope_scaling`, and
-    transformers 5's `rope_parameters`. Raises BadCheckpoint for what this model does not compute."""
+    transformers 5's `rope_parameters`. Raises BadInput for what this model does not compute."""
     path = os.path.join(directory, "config.json")
     return parse_config(read_json(path), path)
 
@@ -64,7 +69,7 @@ def parse_config(raw, path="config.json"):
     """A config.json's object -> Config; `path` names it in errors."""
 
     def bad(what):
-        return BadCheckpoint(f"{path}: {what}")
+        return BadInput(f"{path}: {what}")
 
     def number(name, default=None, kind=int, source=raw):
         value = source.get(name)
@@ -119,22 +124,32 @@ def parse_config(raw, path="config.json"):
     if names[0] == "MistralForCausalLM" and raw.get("sliding_window", 4096) is not None:
         window = number("sliding_window", 4096)
     return Config(
-        vocab_size=number("vocab_size"), hidden_size=hidden,
-        intermediate_size=number("intermediate_size"), num_hidden_layers=number("num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=number("max_position_embeddings", 2048),
-        rms_norm_eps=number("rms_norm_eps", 1e-6, float), rope_theta=theta, rope_scaling=scaling,
-        tie_word_embeddings=flag("tie_word_embeddings"), attention_bias=flag("attention_bias"),
-        mlp_bias=flag("mlp_bias"), sliding_window=window)
+        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=flag("tie_word_embeddings"),
+        attention_bias=flag("attention_bias"),
+        mlp_bias=flag("mlp_bias"),
+        sliding_window=window,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ transformer
+
 
 def rope_frequencies(config, device=None):
     """RoPE's angle per position for each of the D/2 pairs, float32 [D/2] (Su et al. 2021). `linear` divides all by
     the factor; `llama3` divides the slow ones, keeps the fast ones and blends between (Llama 3.1)."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta ** pairs
+    inv_freq = 1.0 / config.rope_theta**pairs
     scaling = config.rope_scaling
     if scaling["rope_type"] == "linear":
         inv_freq = inv_freq / scaling["factor"]
@@ -148,8 +163,8 @@ def rope_frequencies(config, device=None):
 
 def rotate(x, cos, sin):
     """Turn each pair (i, i + D/2) of x [B, T, H, D] by its angle; cos, sin [T, D/2] in float32."""
-    x1, x2 = x.float().chunk(2, dim=-1)                         # [B, T, H, D/2] each
-    cos, sin = cos[:, None], sin[:, None]                       # [T, 1, D/2]
+    x1, x2 = x.float().chunk(2, dim=-1)  # [B, T, H, D/2] each
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
@@ -173,12 +188,12 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, keys, first, shared, second):
         ctx.save_for_backward(first, shared, second)
-        return x[keys]                                          # [N, K, D] -> [M, K, D]
+        return x[keys]  # [N, K, D] -> [M, K, D]
 
     @staticmethod
     def backward(ctx, grad):
         first, shared, second = ctx.saved_tensors
-        total = grad[first]                                     # [N, K, D]
+        total = grad[first]  # [N, K, D]
         total[shared] = total[shared] + grad[second]
         return total, None, None, None, None
 
@@ -198,17 +213,17 @@ def packed_attention(q, k, v, pack, window=None):
     k, v = (_GatherKeys.apply(x, pack.keys, pack.first, pack.shared, pack.second) for x in (k, v))  # [M, K, D]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         gqa = {}
-        if "enable_gqa" in signature(varlen.varlen_attn).parameters:                    # torch 2.12 on
+        if "enable_gqa" in signature(varlen.varlen_attn).parameters:  # torch 2.12 on
             gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
         else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))   # [M, H, D]
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [M, H, D]
         sees = (-1 if window is None else window - 1, 0)
         return varlen.varlen_attn(q, k, v, pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, window_size=sees, **gqa)
     lengths_q, lengths_k = pack.cu_q.diff().tolist(), pack.cu_k.diff().tolist()
     out = []
     for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
         out.append(attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), window)[0].transpose(0, 1))
-    return torch.cat(out)                                       # [N, H, D]
+    return torch.cat(out)  # [N, H, D]
 
 
 def attention(q, k, v, window=None):
@@ -235,15 +250,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, pack):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, -1), cos, sin)         # [B, T, H, D]
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), cos, sin)      # [B, T, K, D]
-        v = self.v_proj(x).view(B, T, self.kv_heads, -1)                        # [B, T, K, D]
+        q = rotate(self.q_proj(x).view(B, T, self.heads, -1), cos, sin)  # [B, T, H, D]
+        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), cos, sin)  # [B, T, K, D]
+        v = self.v_proj(x).view(B, T, self.kv_heads, -1)  # [B, T, K, D]
         if pack is None:
-            q, k, v = (h.transpose(1, 2) for h in (q, k, v))                    # [B, H or K, T, D]
-            y = attention(q, k, v, self.window).transpose(1, 2)                 # [B, T, H, D]
+            q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # [B, H or K, T, D]
+            y = attention(q, k, v, self.window).transpose(1, 2)  # [B, T, H, D]
         else:
-            y = packed_attention(q[0], k[0], v[0], pack, self.window)           # [N, H, D], B = 1
-        return self.o_proj(y.reshape(B, T, -1))                                 # [B, T, C]
+            y = packed_attention(q[0], k[0], v[0], pack, self.window)  # [N, H, D], B = 1
+        return self.o_proj(y.reshape(B, T, -1))  # [B, T, C]
 
 
 class MLP(nn.Module):
@@ -279,7 +294,7 @@ class Block(nn.Module):
 
     def layer(self, x, cos, sin, pack):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack)
-        return x + self.mlp(self.post_attention_layernorm(x))                   # [B, T, C]
+        return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, C]
 
 
 class Decoder(nn.Module):
@@ -299,7 +314,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.compiled = False           # whether the log-probs' passes over the logits are compiled
+        self.compiled = False  # whether the log-probs' passes over the logits are compiled
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -313,17 +328,17 @@ class CausalLM(nn.Module):
         """tokens [B, T] right-padded ids -> logits [B, T, V]; with `last` [B] -> logits [B, V] of that position of
         each row. With a pack (data.Pack), tokens is its row [N] -> log p [R] of the response tokens, float32."""
         positions = torch.arange(tokens.shape[-1], device=tokens.device) if pack is None else pack.positions
-        angles = positions[:, None].float() * rope_frequencies(self.config, tokens.device)      # [T, D/2]
+        angles = positions[:, None].float() * rope_frequencies(self.config, tokens.device)  # [T, D/2]
         cos, sin = angles.cos(), angles.sin()
-        x = self.model.embed_tokens(tokens if pack is None else tokens[None])                   # [B, T, C]
+        x = self.model.embed_tokens(tokens if pack is None else tokens[None])  # [B, T, C]
         for layer in self.model.layers:
             x = layer(x, cos, sin, pack)
         x = self.model.norm(x)
         if pack is not None:
-            hidden = x[0].index_select(0, pack.predictors)                                      # [R, C]
-            return token_log_probs(hidden, self.head, pack.targets, self.compiled)              # [R]
+            hidden = x[0].index_select(0, pack.predictors)  # [R, C]
+            return token_log_probs(hidden, self.head, pack.targets, self.compiled)  # [R]
         if last is not None:
-            x = x[torch.arange(len(x), device=x.device), last]                                  # [B, C]
+            x = x[torch.arange(len(x), device=x.device), last]  # [B, C]
         return F.linear(x, self.head)
 
 
@@ -341,6 +356,7 @@ def random_model(config, seed=0, std=0.02):
 
 
 # -------------------------------------------------------------------------------------- token log-probabilities
+
 
 def chunk_rows(vocab_size, device_type):
     """How many rows of float32 logits are alive at once: those that fit the budget, 1 GiB on CUDA and 32 MiB on CPU."""
@@ -402,36 +418,39 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, rows, compiled=False):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logp = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        norm = torch.empty_like(logp)                                           # log of the softmax's denominator
+        norm = torch.empty_like(logp)  # log of the softmax's denominator
         ctx.slices, ctx.compiled, logits = _equal_slices(len(targets), rows), compiled, None
         for rows in ctx.slices:
-            logits = _wide_matmul(hidden[rows], weight.t())                     # [r, V]
+            logits = _wide_matmul(hidden[rows], weight.t())  # [r, V]
             norm[rows] = _compiled(_log_normaliser)(logits) if compiled else _in_parts(_log_normaliser, logits)
             logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
-        ctx.last = logits           # the backward pass begins with it, and would need the memory for it anyway
+        ctx.last = logits  # the backward pass begins with it, and would need the memory for it anyway
         ctx.save_for_backward(hidden, weight, targets, norm, logp)
         return logp
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, norm, logp = ctx.saved_tensors
-        at_target = grad * -torch.expm1(logp)                                   # g · (1 − p[target])
+        at_target = grad * -torch.expm1(logp)  # g · (1 − p[target])
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None                                                      # float32 [V, C]
+        grad_weight = None  # float32 [V, C]
         for rows in reversed(ctx.slices):
             logits, ctx.last = ctx.last, None
             if logits is None:
                 logits = _wide_matmul(hidden[rows], weight.t())
             if ctx.compiled:
-                logits = _compiled(_scaled_softmax)(logits, norm[rows], -grad[rows], hidden.dtype)      # −g · p
+                logits = _compiled(_scaled_softmax)(logits, norm[rows], -grad[rows], hidden.dtype)  # −g · p
             else:
                 logits = logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None]).to(hidden.dtype)
             logits.scatter_(1, targets[rows, None], at_target[rows, None].to(hidden.dtype))
             grad_hidden[rows] = logits @ weight
             if ctx.needs_input_grad[1]:
-                grad_weight = (_wide_matmul(logits.t(), hidden[rows]) if grad_weight is None else
-                               _add_product(grad_weight, logits.t(), hidden[rows]))
-            logits = None                                                       # let go before the next is made
+                grad_weight = (
+                    _wide_matmul(logits.t(), hidden[rows])
+                    if grad_weight is None
+                    else _add_product(grad_weight, logits.t(), hidden[rows])
+                )
+            logits = None  # let go before the next is made
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
         return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
@@ -446,20 +465,21 @@ def _equal_slices(count, most):
 
 # ------------------------------------------------------------------------------------------------- generation
 
+
 @torch.no_grad()
 def generate(model, prompts, max_new, stop, temperature=0.0, generator=None, pad=0):
     """Continue each prompt: a list of id lists -> a list of lists of new ids, ended by an id of `stop` (included) or
     after max_new. Temperature 0 takes the likeliest token. No cache: every step runs the whole row again."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.full((len(prompts), int(lengths.max()) + max_new), pad, device=device)       # [B, T]
+    tokens = torch.full((len(prompts), int(lengths.max()) + max_new), pad, device=device)  # [B, T]
     for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.as_tensor(prompt, device=device)
+        tokens[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
     rows, stops = torch.arange(len(prompts), device=device), torch.tensor(sorted(stop), device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    new = lengths.clone()                                                                       # the next position
+    new = lengths.clone()  # the next position
     for _ in range(max_new):
-        logits = model(tokens[:, :int(new.max())], last=new - 1).float()                        # [B, V]
+        logits = model(tokens[:, : int(new.max())], last=new - 1).float()  # [B, V]
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         else:
@@ -478,7 +498,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
-    """A CausalLM with the weights of `directory` in the given type on the device. Raises BadCheckpoint."""
+    """A CausalLM with the weights of `directory` in the given type on the device. Raises BadInput."""
     with torch.device("meta"):
         model = CausalLM(read_config(directory)).to(dtype)
     model.to_empty(device=device)
@@ -490,7 +510,7 @@ def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
     """Fill every parameter from the checkpoint's safetensors, one tensor at a time, and check that all are finite.
 
     `local` gives the tensor that holds this process's rows of a parameter, and the number of its first row; only
-    those rows are read. Strict both ways: raises BadCheckpoint for a tensor missing, extra, of another shape or type."""
+    those rows are read. Strict both ways: raises BadInput for a tensor missing, extra, of another shape or type."""
     files = tensor_files(directory)
     parameters = dict(model.named_parameters())
     check_names(model, files, directory)
@@ -499,11 +519,13 @@ def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
             stored = file.get_slice(name)
             _check_slice(files[name], name, stored, parameter.shape)
             target, start = local(parameter)
-            rows = stored[start:start + len(target)]                # pages of the file, not yet in memory
+            rows = stored[start : start + len(target)]  # pages of the file, not yet in memory
             for piece, goal in zip(rows.flatten().split(PIECE), target.view(-1).split(PIECE)):
                 if not bool(piece.isfinite().all()):
-                    raise BadCheckpoint(f"{files[name]}: {name} holds values that are not finite; the file is "
-                                        "damaged or the training that wrote it diverged")
+                    raise BadInput(
+                        f"{files[name]}: {name} holds values that are not finite; the file is "
+                        "damaged or the training that wrote it diverged"
+                    )
                 with torch.no_grad():
                     goal.copy_(piece)
     if "lm_head.weight" in files and model.lm_head is None:
@@ -512,7 +534,7 @@ def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
 
 def check(directory):
     """Check a checkpoint by its configuration and its files' headers, reading no weights: the names, types and shapes
-    of its tensors. Returns the directory. Raises BadCheckpoint."""
+    of its tensors. Returns the directory. Raises BadInput."""
     with torch.device("meta"):
         model = CausalLM(read_config(directory))
     files = tensor_files(directory)
@@ -529,9 +551,9 @@ def check(directory):
 def _check_slice(path, name, stored, shape):
     kind, there = stored.get_dtype(), list(stored.get_shape())
     if kind not in FLOATS:
-        raise BadCheckpoint(f"{path}: {name} is of type {kind}; supported are {', '.join(sorted(FLOATS))}")
+        raise BadInput(f"{path}: {name} is of type {kind}; supported are {', '.join(sorted(FLOATS))}")
     if there != list(shape):
-        raise BadCheckpoint(f"{path}: {name} has shape {there}, but config.json makes it {list(shape)}")
+        raise BadInput(f"{path}: {name} has shape {there}, but config.json makes it {list(shape)}")
 
 
 def check_names(model, files, directory):
@@ -544,22 +566,21 @@ def check_names(model, files, directory):
     missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - wanted - known)
     if missing:
         hint = ", though config.json does not tie the head to the embedding" if missing == ["lm_head.weight"] else ""
-        raise BadCheckpoint(f"{directory}: the tensor {missing[0]} is missing{hint}{_and_more(missing)}")
+        raise BadInput(f"{directory}: the tensor {missing[0]} is missing{hint}{_and_more(missing)}")
     if extra:
-        raise BadCheckpoint(f"{directory}: the tensor {extra[0]} has no place in the model of config.json"
-                            f"{_and_more(extra)}")
+        raise BadInput(f"{directory}: the tensor {extra[0]} has no place in the model of config.json{_and_more(extra)}")
 
 
 def _check_tied(files, head, embedding, start):
     """A stored head must be the embedding, whose rows from `start` on are given."""
     with open_tensors(files[head]) as file:
-        rows = file.get_slice(head)[start:start + len(embedding)]
+        rows = file.get_slice(head)[start : start + len(embedding)]
         same = rows.shape == embedding.shape and all(
             torch.equal(a.to(b.dtype), b.cpu())
-            for a, b in zip(rows.flatten().split(PIECE), embedding.view(-1).split(PIECE)))
+            for a, b in zip(rows.flatten().split(PIECE), embedding.view(-1).split(PIECE))
+        )
     if not same:
-        raise BadCheckpoint(f"{files[head]}: {head} differs from model.embed_tokens.weight, though config.json ties "
-                            "them")
+        raise BadInput(f"{files[head]}: {head} differs from model.embed_tokens.weight, though config.json ties them")
 
 
 def _and_more(names):

@@ -193,8 +193,10 @@ def _check_shapes(policy, **frozen):
     for name, pair in {"policy": policy, **frozen}.items():
         for side, tensor, like in zip(("chosen", "rejected"), pair, policy):
             if tensor.dim() != 2 or tensor.shape != like.shape or len(tensor) != len(policy[0]):
-                raise ValueError(f"{name} {side} has shape {list(tensor.shape)}: all tensors must be [B, T] "
-                                 "with one B, with one T for all chosen and one for all rejected")
+                raise ValueError(
+                    f"{name} {side} has shape {list(tensor.shape)}: all tensors must be [B, T] "
+                    "with one B, with one T for all chosen and one for all rejected"
+                )
 
 
 def _check_positive(**numbers: float):

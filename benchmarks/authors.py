@@ -4,6 +4,7 @@ Three full models are resident. A micro-batch's chosen and rejected rows, each w
 concatenated and padded to the longest; every model makes float32 logits of all their positions; the log-probs are
 gathered from a log_softmax; a cross-entropy over the chosen rows is computed as well and used by nothing.
 """
+
 from contextlib import nullcontext
 
 import torch
@@ -13,8 +14,21 @@ from transformers import LlamaForCausalLM
 IGNORED = -100
 
 
-def train(policy_dir, guide_dir, pairs, batch, after_step, *, per_device=1, checkpointing=True, beta=0.1, alpha=0.5,
-          lr=1e-4, device="cpu", attention="sdpa"):
+def train(
+    policy_dir,
+    guide_dir,
+    pairs,
+    batch,
+    after_step,
+    *,
+    per_device=1,
+    checkpointing=True,
+    beta=0.1,
+    alpha=0.5,
+    lr=1e-4,
+    device="cpu",
+    attention="sdpa",
+):
     """Trains on `pairs`, `batch` of them a step and `per_device` at a time; after_step(loss) after each step.
 
     after_step(None) comes once before the first, when the models stand. On CUDA the models' weights are bfloat16 but
@@ -22,9 +36,10 @@ def train(policy_dir, guide_dir, pairs, batch, after_step, *, per_device=1, chec
     """
     autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
     frozen = torch.bfloat16 if device == "cuda" else torch.float32
-    policy, ref, guide = (LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
-                          .to(device) for directory, dtype in ((policy_dir, torch.float32), (policy_dir, frozen),
-                                                               (guide_dir, frozen)))
+    policy, ref, guide = (
+        LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).to(device)
+        for directory, dtype in ((policy_dir, torch.float32), (policy_dir, frozen), (guide_dir, frozen))
+    )
     ref.eval().requires_grad_(False)
     guide.eval().requires_grad_(False)
     policy.train()
@@ -33,9 +48,9 @@ def train(policy_dir, guide_dir, pairs, batch, after_step, *, per_device=1, chec
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, fused=True)
     after_step(None)
     for start in range(0, len(pairs), batch):
-        step, total = pairs[start:start + batch], torch.zeros((), device=device)
+        step, total = pairs[start : start + batch], torch.zeros((), device=device)
         for first in range(0, len(step), per_device):
-            tokens, mask, labels = (table.to(device) for table in concatenated(step[first:first + per_device]))
+            tokens, mask, labels = (table.to(device) for table in concatenated(step[first : first + per_device]))
             with autocast:
                 with torch.no_grad():
                     ref_logp, guide_logp = (log_probs(model, tokens, mask, labels) for model in (ref, guide))
@@ -53,7 +68,10 @@ def concatenated(pairs):
     """The chosen rows above the rejected ones: tokens, attention mask and labels, each [2 B, T]."""
     rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
     longest = max(len(prompt) + len(response) for prompt, response in rows)
-    tokens, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.int64)
+    tokens, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+        torch.zeros(len(rows), longest, dtype=torch.int64),
+    )
     labels = torch.full((len(rows), longest), IGNORED)
     for row, (prompt, response) in enumerate(rows):
         P, T = len(prompt), len(prompt) + len(response)
@@ -65,7 +83,7 @@ def concatenated(pairs):
 
 def log_probs(model, tokens, mask, labels):
     """Per-token log-probs of the labels, [2 B, T - 1], 0 where there is none."""
-    logits = model(tokens, attention_mask=mask, use_cache=False).logits.float()[:, :-1]     # [2 B, T - 1, V]
+    logits = model(tokens, attention_mask=mask, use_cache=False).logits.float()[:, :-1]  # [2 B, T - 1, V]
     labels = labels[:, 1:]
     chosen = len(labels) // 2
     F.cross_entropy(logits[:chosen].flatten(0, 1), labels[:chosen].flatten(), ignore_index=IGNORED)

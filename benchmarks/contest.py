@@ -4,6 +4,7 @@ A contender is a function train(policy_dir, guide_dir, pairs, batch, after_step,
 folder. It calls after_step(None) when it is set up and after_step(loss) after each step, and waits there for its
 next turn: so several can be measured on the same pairs at the same time of day.
 """
+
 import contextlib
 import importlib
 import multiprocessing
@@ -15,7 +16,7 @@ import traceback
 
 import torch
 
-START = "spawn"     # how multiprocessing starts a contender: with nothing of this process in its memory
+START = "spawn"  # how multiprocessing starts a contender: with nothing of this process in its memory
 
 
 class Contender:

@@ -8,6 +8,7 @@ Each contender runs in a process of its own with one thread, and its CPU time is
 train on the same pairs from the same start and take their steps in turn; a ratio is the median of the steps' ratios.
 Losses are compared first. Memory is each process's peak above what stood after its imports.
 """
+
 import argparse
 import itertools
 import statistics
@@ -20,7 +21,7 @@ import contest
 import results
 import workload
 
-AUTHORS_BEST = {"per_device": 1, "checkpointing": False}    # what --search found
+AUTHORS_BEST = {"per_device": 1, "checkpointing": False}  # what --search found
 TRL_BEST = {"per_device": 1, "checkpointing": False}
 EQUAL = 1e-5
 
@@ -59,20 +60,25 @@ def report(models, pairs, options):
         "ours, DPO": contender("ours", micro_tokens=options.micro_tokens, loss="dpo"),
         "authors' design, a pair at a time, checkpointing": contender("authors", per_device=1, checkpointing=True),
         "authors' design, its best setting": contender("authors", **best["authors"]),
-        "authors' design, padded in fours, checkpointing": contender("authors", per_device=4, checkpointing=True)}
+        "authors' design, padded in fours, checkpointing": contender("authors", per_device=4, checkpointing=True),
+    }
     if not options.no_trl:
         contenders["TRL's DPOTrainer, its best setting"] = contender("trl_contender", **best["trl_contender"])
     contest.take_turns(contenders.values(), options.steps)
     ours, ours_dpo, single, fastest, fours, *trl = contenders.values()
     lines = [f"## CPU, one thread\n\n`python benchmarks/cpu.py` on {results.machine()}.", ""]
     shape = workload.lengths(pairs)
-    lines += [f"{len(pairs)} pairs in steps of {options.batch}; tokens on average {shape[:, 0].mean():.0f} prompt, "
-              f"{shape[:, 1].mean():.0f} chosen, {shape[:, 2].mean():.0f} rejected.", ""]
+    lines += [
+        f"{len(pairs)} pairs in steps of {options.batch}; tokens on average {shape[:, 0].mean():.0f} prompt, "
+        f"{shape[:, 1].mean():.0f} chosen, {shape[:, 2].mean():.0f} rejected.",
+        "",
+    ]
 
     furthest = max(difference(ours, other) for other in (single, fastest, fours))
-    lines += [f"Losses of three steps: {', '.join(f'{loss:.6f}' for loss in ours.losses[:3])}; the authors' design is "
-              f"within {furthest:.0e}" + (f", TRL within {difference(ours_dpo, trl[0]):.0e} of our DPO" if trl else "")
-              + "."]
+    lines += [
+        f"Losses of three steps: {', '.join(f'{loss:.6f}' for loss in ours.losses[:3])}; the authors' design is "
+        f"within {furthest:.0e}" + (f", TRL within {difference(ours_dpo, trl[0]):.0e} of our DPO" if trl else "") + "."
+    ]
     for other in [single, fastest, fours, *trl]:
         if (found := difference(ours_dpo if other in trl else ours, other)) > EQUAL:
             lines += [f"**The losses differ by {found:.1e}: what follows compares different things.**"]
@@ -80,28 +86,54 @@ def report(models, pairs, options):
     def cold(contestant):
         return contestant.setup + sum(contestant.seconds)
 
-    rows = [["tokens/s against the authors' design, a pair at a time, checkpointing",
-             f"{contest.ratio(single, ours):.2f}", "3.5"],
-            ["the same, its best setting", f"{contest.ratio(fastest, ours):.2f}", "3.0"]]
+    rows = [
+        [
+            "tokens/s against the authors' design, a pair at a time, checkpointing",
+            f"{contest.ratio(single, ours):.2f}",
+            "3.5",
+        ],
+        ["the same, its best setting", f"{contest.ratio(fastest, ours):.2f}", "3.0"],
+    ]
     if trl:
-        rows += [["tokens/s of our DPO against TRL's DPOTrainer, reference precomputed, its best setting",
-                  f"{contest.ratio(trl[0], ours_dpo):.2f}", "2.5"]]
-    rows += [["cold cache, one epoch, against the authors' design, a pair at a time, checkpointing",
-              f"{cold(single) / cold(ours):.2f}", "2.0"],
-             ["peak memory against the authors' design, a pair at a time", f"{ours.peak / single.peak:.2f}", "0.6"],
-             ["peak memory against the authors' design, padded in fours", f"{ours.peak / fours.peak:.2f}", "0.35"]]
+        rows += [
+            [
+                "tokens/s of our DPO against TRL's DPOTrainer, reference precomputed, its best setting",
+                f"{contest.ratio(trl[0], ours_dpo):.2f}",
+                "2.5",
+            ]
+        ]
+    rows += [
+        [
+            "cold cache, one epoch, against the authors' design, a pair at a time, checkpointing",
+            f"{cold(single) / cold(ours):.2f}",
+            "2.0",
+        ],
+        ["peak memory against the authors' design, a pair at a time", f"{ours.peak / single.peak:.2f}", "0.6"],
+        ["peak memory against the authors' design, padded in fours", f"{ours.peak / fours.peak:.2f}", "0.35"],
+    ]
     lines += ["", results.table(["", "measured", "reach"], rows), ""]
 
     per_step = workload.workload_tokens(pairs) / options.steps
-    rows = [[name, f"{options.batch / statistics.median(each.seconds[1:]):.2f}",
-             f"{per_step / statistics.median(each.seconds[1:]):.0f}", f"{each.setup:.1f}", f"{each.peak / 1e6:.0f}"]
-            for name, each in contenders.items()]
+    rows = [
+        [
+            name,
+            f"{options.batch / statistics.median(each.seconds[1:]):.2f}",
+            f"{per_step / statistics.median(each.seconds[1:]):.0f}",
+            f"{each.setup:.1f}",
+            f"{each.peak / 1e6:.0f}",
+        ]
+        for name, each in contenders.items()
+    ]
     lines += [results.table(["", "pairs/s", "tokens/s", "set-up, s", "peak, MB"], rows)]
-    lines += ["", "tokens/s counts 2·prompt + chosen + rejected for all. Set-up is loading, and the passes of the frozen "
-              "models where they come first. Settings: ours "
-              f"--micro-tokens {options.micro_tokens}; "  + "; ".join(
-                  f"{name} {settings}" for name, settings in best.items() if not (options.no_trl and "trl" in name))
-              + "." + searched]
+    lines += [
+        "",
+        "tokens/s counts 2·prompt + chosen + rejected for all. Set-up is loading, and the passes of the frozen "
+        "models where they come first. Settings: ours "
+        f"--micro-tokens {options.micro_tokens}; "
+        + "; ".join(f"{name} {settings}" for name, settings in best.items() if not (options.no_trl and "trl" in name))
+        + "."
+        + searched,
+    ]
     return "\n".join(lines)
 
 
@@ -117,11 +149,18 @@ def search(models, pairs, options):
         found = []
         for per_device, checkpointing in itertools.product((1, 2, 4), (False, True)):
             settings = {"per_device": per_device, "checkpointing": checkpointing}
-            each = contest.Contender(module, *models, pairs[:2 * options.batch], options.batch, **settings)
+            each = contest.Contender(module, *models, pairs[: 2 * options.batch], options.batch, **settings)
             contest.take_turns([each], 2)
             found.append((sum(each.seconds), per_device, checkpointing))
-            rows.append([module, str(per_device), "on" if checkpointing else "off", f"{sum(each.seconds):.1f}",
-                         f"{each.peak / 1e6:.0f}"])
+            rows.append(
+                [
+                    module,
+                    str(per_device),
+                    "on" if checkpointing else "off",
+                    f"{sum(each.seconds):.1f}",
+                    f"{each.peak / 1e6:.0f}",
+                ]
+            )
         _, per_device, checkpointing = min(found)
         best[module] = {"per_device": per_device, "checkpointing": checkpointing}
     head = ["", "pairs at a time", "checkpointing", "two steps, s", "peak, MB"]

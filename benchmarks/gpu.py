@@ -7,6 +7,7 @@
 Float32 master weights and bfloat16 compute (float32 on a CPU), 128 pairs a step with UltraFeedback's lengths. The
 speed and the ablations of a CPU say nothing of a GPU's: they show that the code runs.
 """
+
 import argparse
 import contextlib
 import functools
@@ -29,13 +30,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import contest
-import data
-import model as transformer
 import ours
 import results
-import train as trainer
 import workload
-from harness import flops
+
+import data
+import model as transformer
+import train as trainer
+from runtime import flops
 
 TINY = HERE.parent / "examples" / "tiny"
 TWO_LAYERS = workload.LLAMA_256 | {"num_hidden_layers": 2, "vocab_size": 1031}
@@ -58,16 +60,22 @@ def main(argv=None):
         for part in options.part:
             title = f"## {options.device.upper()}: {part}\n\n`python benchmarks/gpu.py --part {part}"
             title += f"{' --device cpu' * (options.device == 'cpu')}{' --small' * options.small}` on "
-            results.write(f"{options.device} {part}", f"{title}{results.machine(options.device)}.\n\n"
-                          + PARTS[part](options, Path(directory)), options.out)
+            results.write(
+                f"{options.device} {part}",
+                f"{title}{results.machine(options.device)}.\n\n" + PARTS[part](options, Path(directory)),
+                options.out,
+            )
 
 
 # ------------------------------------------------------------------------------------------------- correctness
 
+
 def correctness(options, directory):
     """A row a check: what was found, what it may be at most, and whether it holds."""
-    checks = {"packed attention against a dense softmax, values and gradients": apart(check_attention, options.device),
-              "log-prob function against the plain one, values and gradients": apart(check_log_probs, options.device)}
+    checks = {
+        "packed attention against a dense softmax, values and gradients": apart(check_attention, options.device),
+        "log-prob function against the plain one, values and gradients": apart(check_log_probs, options.device),
+    }
     small = workload.write_model(directory / "two layers", TWO_LAYERS, 0)
     checks |= apart(check_model, options.device, small)
     return as_table(checks | check_run(options.device, directory, TINY / "model", ["--save-every", "2"]))
@@ -75,8 +83,10 @@ def correctness(options, directory):
 
 def as_table(checks):
     """checks: name -> (what was found, what it may be at most)."""
-    rows = [[name, f"{found:.1e}", f"{limit:.0e}", "yes" if found <= limit else "**NO**"]
-            for name, (found, limit) in checks.items()]
+    rows = [
+        [name, f"{found:.1e}", f"{limit:.0e}", "yes" if found <= limit else "**NO**"]
+        for name, (found, limit) in checks.items()
+    ]
     return results.table(["check", "largest difference", "at most", "holds"], rows)
 
 
@@ -109,13 +119,22 @@ def check_attention(device):
         for share, window in ((True, None), (True, 17), (False, None)):
             pack = data.collate(pairs, share_prompt=share)
             pack = trainer.to_device(pack, torch.device(device))
-            inputs = [torch.randn(len(pack.tokens), heads, 64, generator=generator).to(device, dtype).requires_grad_()
-                      for heads in (8, 2, 2)]
+            inputs = [
+                torch.randn(len(pack.tokens), heads, 64, generator=generator).to(device, dtype).requires_grad_()
+                for heads in (8, 2, 2)
+            ]
             wide = [x.detach().float().requires_grad_() for x in inputs]
             found, expected = transformer.packed_attention(*inputs, pack, window), dense(*wide, pack, window)
             weights = torch.randn(expected.shape, generator=generator).to(device)
-            worst = max(worst, off(found, expected), *map(off, torch.autograd.grad(found, inputs, weights.to(dtype)),
-                                                         torch.autograd.grad(expected, wide, weights)))
+            worst = max(
+                worst,
+                off(found, expected),
+                *map(
+                    off,
+                    torch.autograd.grad(found, inputs, weights.to(dtype)),
+                    torch.autograd.grad(expected, wide, weights),
+                ),
+            )
     return worst, limit
 
 
@@ -123,8 +142,8 @@ def dense(q, k, v, pack, window):
     """Attention of a packed row, a softmax a segment: q [N, H, D], k and v [N, K, D] -> [N, H, D]."""
     out, cu_q, cu_k = [], pack.cu_q.tolist(), pack.cu_k.tolist()
     for s in range(len(cu_q) - 1):
-        rows = pack.keys[cu_k[s]:cu_k[s + 1]]
-        queries = q[cu_q[s]:cu_q[s + 1]]
+        rows = pack.keys[cu_k[s] : cu_k[s + 1]]
+        queries = q[cu_q[s] : cu_q[s + 1]]
         keys, values = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("nhd,mhd->hnm", queries, keys) / q.shape[2] ** 0.5
         mask = transformer.causal_mask(len(queries), len(rows), window, q.device)
@@ -161,21 +180,25 @@ def check_model(device, directory):
     for pair in pairs:
         for response in (pair.chosen, pair.rejected):
             row = torch.tensor([*pair.prompt, *response], device=device)
-            logp = plain(row[None])[0, len(pair.prompt) - 1:-1].log_softmax(-1)
-            expected.append(logp.gather(1, row[len(pair.prompt):, None])[:, 0])
+            logp = plain(row[None])[0, len(pair.prompt) - 1 : -1].log_softmax(-1)
+            expected.append(logp.gather(1, row[len(pair.prompt) :, None])[:, 0])
     expected = torch.cat(expected)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(len(expected), generator=generator).to(device)
     expected.backward(weights)
     checks = {}
-    for name, settings in {"as it is": {"compile": False, "activation_checkpointing": "none"},
-                           "recomputed": {"compile": False, "activation_checkpointing": "full"},
-                           "compiled": {"compile": True, "activation_checkpointing": "none"}}.items():
+    for name, settings in {
+        "as it is": {"compile": False, "activation_checkpointing": "none"},
+        "recomputed": {"compile": False, "activation_checkpointing": "full"},
+        "compiled": {"compile": True, "activation_checkpointing": "none"},
+    }.items():
         with ours.a_run(directory, pairs, device, **settings) as run:
             net, _ = ours.policy(run, directory)
             if not checks:
-                exact = max(off(a if not hasattr(a, "full_tensor") else a.full_tensor(), b)
-                            for a, b in zip(net.parameters(), plain.parameters()))
+                exact = max(
+                    off(a if not hasattr(a, "full_tensor") else a.full_tensor(), b)
+                    for a, b in zip(net.parameters(), plain.parameters())
+                )
                 checks["weights read by the sharded model against load_model's"] = exact, 0.0
             found = net(pack.tokens, pack)
             found.backward(weights)
@@ -194,9 +217,30 @@ def check_run(device, directory, start, settings):
     directory = Path(tempfile.mkdtemp(dir=directory))
     rows = (TINY / "train.jsonl").read_text(encoding="utf-8").splitlines()[:48]
     (directory / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    words = [sys.executable, str(HERE.parent / "train.py"), "--model", str(start), "--data",
-             str(directory / "rows.jsonl"), "--max-length", "256", "--batch-size", "8", "--lr", "3e-4", "--beta", "0.3",
-             "--samples", "1", "--sample-tokens", "4", "--report-pairs", "4", *settings, "--out"]
+    words = [
+        sys.executable,
+        str(HERE.parent / "train.py"),
+        "--model",
+        str(start),
+        "--data",
+        str(directory / "rows.jsonl"),
+        "--max-length",
+        "256",
+        "--batch-size",
+        "8",
+        "--lr",
+        "3e-4",
+        "--beta",
+        "0.3",
+        "--samples",
+        "1",
+        "--sample-tokens",
+        "4",
+        "--report-pairs",
+        "4",
+        *settings,
+        "--out",
+    ]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
     def begin(out, *more):
@@ -217,10 +261,13 @@ def check_run(device, directory, start, settings):
     a, b = losses(whole), losses(stopped)
     apart_by = max(abs(a[key] - b[key]) for key in a) if a.keys() == b.keys() else math.inf
     checks["the first loss of each stage against log 2"] = (
-        max(abs(a.get((stage, 1), math.inf) - math.log(2)) for stage in ("dpo", "tgdpo")), 1e-3 if device == "cuda" else 1e-6)
+        max(abs(a.get((stage, 1), math.inf) - math.log(2)) for stage in ("dpo", "tgdpo")),
+        1e-3 if device == "cuda" else 1e-6,
+    )
     checks["losses, stopped and resumed against never stopped"] = apart_by, 1e-3 if device == "cuda" else 0.0
     with contextlib.suppress(ImportError):
         from transformers import AutoModelForCausalLM
+
         theirs = AutoModelForCausalLM.from_pretrained(whole / "policy", dtype=torch.float32)
         tokens = torch.arange(4, 60)[None]
         found = transformer.load_model(str(whole / "policy"))(tokens)
@@ -230,6 +277,7 @@ def check_run(device, directory, start, settings):
 
 # ------------------------------------------------------------------------------------------------------- speed
 
+
 def speed(options, directory):
     """Warm and cold speed against the authors' design, and the log-prob function against its bare products."""
     policy = workload.write_model(directory / "policy", options.config, 0)
@@ -237,9 +285,11 @@ def speed(options, directory):
     mine = apart(measure, options.device, policy, pairs, options.batch)
     rows = [row("ours", mine, pairs, options)]
     theirs = {}
-    for name, settings in {"a pair at a time, checkpointing": {"per_device": 1, "checkpointing": True},
-                           "a pair at a time": {"per_device": 1, "checkpointing": False},
-                           "padded in fours, checkpointing": {"per_device": 4, "checkpointing": True}}.items():
+    for name, settings in {
+        "a pair at a time, checkpointing": {"per_device": 1, "checkpointing": True},
+        "a pair at a time": {"per_device": 1, "checkpointing": False},
+        "padded in fours, checkpointing": {"per_device": 4, "checkpointing": True},
+    }.items():
         name = f"authors' design, {name}"
         try:
             each = contest.Contender("authors", policy, policy, pairs, options.batch, options.device, **settings)
@@ -253,21 +303,31 @@ def speed(options, directory):
     if theirs:
         best = min(theirs.values(), key=lambda found: found["seconds"])
         epoch = mine["seconds"] + 2 * mine["forward"]
-        text += [f"Warm: {best['seconds'] / mine['seconds']:.2f} times the pairs/s of the authors' fastest setting. "
-                 f"Cold, one epoch with the passes of reference and guide: {best['seconds'] / epoch:.2f}. "]
+        text += [
+            f"Warm: {best['seconds'] / mine['seconds']:.2f} times the pairs/s of the authors' fastest setting. "
+            f"Cold, one epoch with the passes of reference and guide: {best['seconds'] / epoch:.2f}. "
+        ]
     text += [f"A forward pass over a step's pairs takes {mine['forward']:.3f} s. {mine['plan']}", ""]
-    rows = [[f"{chunk} rows, {'compiled' if compiled else 'eager'}", f"{found:.2f}", f"{bare:.2f}", f"{found / bare:.2f}"]
-            for chunk, compiled, found, bare in apart(measure_log_probs, options)]
+    rows = [
+        [f"{chunk} rows, {'compiled' if compiled else 'eager'}", f"{found:.2f}", f"{bare:.2f}", f"{found / bare:.2f}"]
+        for chunk, compiled, found, bare in apart(measure_log_probs, options)
+    ]
     text += [results.table(["log-prob function, forward and backward", "ms", "its bare products, ms", "ratio"], rows)]
     return "\n".join(text)
 
 
 def row(name, found, pairs, options):
     """A line of the table of speeds, of steps over `pairs` of which the first warmed up."""
-    tokens = workload.workload_tokens(pairs[options.batch:]) / (len(pairs) / options.batch - 1)
+    tokens = workload.workload_tokens(pairs[options.batch :]) / (len(pairs) / options.batch - 1)
     mfu = f"{found['mfu']:.1%}" if found["mfu"] else "-"
-    return [name, f"{options.batch / found['seconds']:.1f}", f"{tokens / found['seconds']:.0f}",
-            f"{found['seconds']:.3f}", mfu, f"{found['peak'] / 1e9:.1f}"]
+    return [
+        name,
+        f"{options.batch / found['seconds']:.1f}",
+        f"{tokens / found['seconds']:.0f}",
+        f"{found['seconds']:.3f}",
+        mfu,
+        f"{found['peak'] / 1e9:.1f}",
+    ]
 
 
 def measure(device, directory, pairs, batch):
@@ -276,14 +336,16 @@ def measure(device, directory, pairs, batch):
         net = trainer.sharded(directory, run, frozen=True)
         seconds, logps = [], []
         for start in range(0, len(pairs), batch):
-            logps += timed(seconds, device, trainer.log_probs, run, net, pairs[start:start + batch], "frozen")
+            logps += timed(seconds, device, trainer.log_probs, run, net, pairs[start : start + batch], "frozen")
         forward = statistics.median(seconds[1:])
         del net
         trainer.release(run)
         net, optimiser = ours.policy(run, directory)
         found = steps(run, net, optimiser, trainer.Stage("tgdpo", pairs, [], logps, logps), batch)
-        plan = (f"Micro-batches of {run.plan.micro_tokens} tokens, activation checkpointing {run.plan.recompute}, "
-                f"compile {'on' if run.plan.compile else 'off'}.")
+        plan = (
+            f"Micro-batches of {run.plan.micro_tokens} tokens, activation checkpointing {run.plan.recompute}, "
+            f"compile {'on' if run.plan.compile else 'off'}."
+        )
         return found | {"forward": forward, "plan": plan}
 
 
@@ -298,8 +360,11 @@ def steps(run, net, optimiser, stage, batch):
     done = sum(flops.pair_flops(net.config, *map(int, shape)) for shape in shapes)
     peak = flops.peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     held = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return {"seconds": statistics.median(seconds[1:]), "peak": held,
-            "mfu": done / sum(seconds[1:]) / peak if peak else None}
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "peak": held,
+        "mfu": done / sum(seconds[1:]) / peak if peak else None,
+    }
 
 
 def timed(seconds, device, function, *arguments):
@@ -328,7 +393,7 @@ def measure_log_probs(options):
                 logits = hidden[rows] @ weight.t()
                 logits @ weight
                 logits.t() @ hidden[rows]
-                if place < len(slices) - 1:     # the last chunk's logits are kept
+                if place < len(slices) - 1:  # the last chunk's logits are kept
                     hidden[rows] @ weight.t()
 
     def function(chunk, compiled):
@@ -348,6 +413,7 @@ def measure_log_probs(options):
 
 # --------------------------------------------------------------------------------------------------- ablations
 
+
 def ablations(options, directory):
     """What a step costs without each lever, or with it set otherwise; the gain that was predicted beside it."""
     policy = directory / "policy"
@@ -362,8 +428,9 @@ def ablations(options, directory):
             rows.append([name, result, "", "", predicted])
             continue
         cost = result["seconds"] / base[0]["seconds"]
-        rows.append([name, f"{options.batch / result['seconds']:.1f}", f"{cost:.2f}", f"{result['peak'] / 1e9:.1f}",
-                     predicted])
+        rows.append(
+            [name, f"{options.batch / result['seconds']:.1f}", f"{cost:.2f}", f"{result['peak'] / 1e9:.1f}", predicted]
+        )
     return results.table(["", "pairs/s", "seconds against as it is", "peak, GB", "predicted"], rows)
 
 
@@ -399,13 +466,22 @@ def ablate(options, directory, pairs, compiled):
             attempt("no torch.compile", "1.16 to 1.27")
             return found
         attempt("as it is", "1")
-        attempt("the prompt stored twice", "1.18",
-                put={(data, "collate"): functools.partial(data.collate, share_prompt=False)})
-        attempt("full logits", "1, more memory",
-                put={(transformer, "token_log_probs"): lambda *given: transformer.token_log_probs_plain(*given[:3])})
+        attempt(
+            "the prompt stored twice",
+            "1.18",
+            put={(data, "collate"): functools.partial(data.collate, share_prompt=False)},
+        )
+        attempt(
+            "full logits",
+            "1, more memory",
+            put={(transformer, "token_log_probs"): lambda *given: transformer.token_log_probs_plain(*given[:3])},
+        )
         for rows in chunks:
-            attempt(f"logits in chunks of {rows} rows", "1; more below 2048" if not options.small else "",
-                    put={(transformer, "chunk_rows"): lambda *given, rows=rows: rows})
+            attempt(
+                f"logits in chunks of {rows} rows",
+                "1; more below 2048" if not options.small else "",
+                put={(transformer, "chunk_rows"): lambda *given, rows=rows: rows},
+            )
         for tokens in sizes:
             attempt(f"packs of {tokens} tokens", "1; more when small", run.plan._replace(micro_tokens=tokens))
         for recompute, predicted in (("selective", "1.15"), ("full", "1.3")):

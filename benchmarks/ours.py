@@ -1,4 +1,5 @@
 """This project: train.py's own functions on a benchmark's pairs, without a tokenizer, checkpoints or a report."""
+
 import contextlib
 import sys
 import tempfile
@@ -8,7 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train as trainer
-from harness import options as option_table, processes
+from runtime import options as option_table
+from runtime import process_group
 
 LR = 1e-4
 
@@ -45,13 +47,14 @@ def a_run(directory, pairs, device="cpu", **options):
         flag = name.replace("_", "-")
         words += {True: ["--" + flag], False: ["--no-" + flag]}.get(value, ["--" + flag, str(value)])
     options = option_table.resolve(["--model", str(directory), "--lr", str(LR), *words])
-    ranks = processes.start(options.timeout_minutes, device)
+    ranks = process_group.start(options.timeout_minutes, device)
     try:
         dtype = torch.bfloat16 if device == "cuda" and options.dtype != "float32" else torch.float32
         longest = max(trainer.size(pair) for pair in pairs)
         plan, mesh = trainer.lay_out(options, ranks, directory, dtype, longest)
         with tempfile.TemporaryDirectory() as out:
-            yield trainer.Run(options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals,
-                              None, {})
+            yield trainer.Run(
+                options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals, None, {}
+            )
     finally:
-        processes.stop()
+        process_group.stop()

@@ -1,4 +1,5 @@
 """The tables: printed, and kept in RESULTS.md, a section a benchmark."""
+
 import importlib.metadata
 import os
 import platform

@@ -6,6 +6,7 @@
 A step is a whole optimiser step of train.py with float32 weights. Times are CPU time, the least of the repeats, so
 that other work on the machine does not show.
 """
+
 import argparse
 import multiprocessing
 import os
@@ -21,12 +22,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import contest
-import model as transformer
 import ours
 import results
-import train as trainer
 import workload
-from harness import flops
+
+import model as transformer
+import train as trainer
+from runtime import flops
 
 
 def main(argv=None):
@@ -37,7 +39,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.config = workload.LLAMA_TINY if options.small else workload.LLAMA_256
-    options.tokens = 64 if options.small else 326       # of a pair
+    options.tokens = 64 if options.small else 326  # of a pair
     with tempfile.TemporaryDirectory() as directory:
         parts = [part(options, Path(directory)) for part in (batch, length, vocabulary, ranks)]
     title = f"## How cost grows\n\n`python benchmarks/scale.py{' --small' * options.small}` on {results.machine()}."
@@ -48,9 +50,13 @@ def equal_pairs(count, tokens, vocab):
     """Pairs of `tokens` tokens each: a fifth of them prompt, the rest two responses of one length."""
     response = tokens * 2 // 5
     random = np.random.RandomState(0)
-    return [workload.Pair(*(random.randint(2, vocab, size).astype(np.int32)
-                            for size in (tokens - 2 * response, response, response)), f"equal:{row}")
-            for row in range(1, count + 1)]
+    return [
+        workload.Pair(
+            *(random.randint(2, vocab, size).astype(np.int32) for size in (tokens - 2 * response, response, response)),
+            f"equal:{row}",
+        )
+        for row in range(1, count + 1)
+    ]
 
 
 def step_seconds(directory, batches, repeats, **settings):
@@ -72,7 +78,7 @@ def straight(sizes, seconds):
     """How well a straight line fits (sizes, seconds), in words."""
     slope, start = np.polyfit(sizes, seconds, 1)
     rest = np.array(seconds) - (slope * np.array(sizes) + start)
-    r2 = 1 - (rest ** 2).sum() / ((seconds - np.mean(seconds)) ** 2).sum()
+    r2 = 1 - (rest**2).sum() / ((seconds - np.mean(seconds)) ** 2).sum()
     return f"A straight line fits with R² = {r2:.4f}."
 
 
@@ -83,8 +89,10 @@ def batch(options, directory):
     batches = [equal_pairs(count, options.tokens, options.config["vocab_size"]) for count in counts]
     seconds = step_seconds(policy, batches, options.repeats, micro_tokens=2 * options.tokens)
     sizes = [count * options.tokens for count in counts]
-    rows = [[str(count), str(size), f"{taken:.2f}", f"{1000 * taken / size:.3f}"]
-            for count, size, taken in zip(counts, sizes, seconds)]
+    rows = [
+        [str(count), str(size), f"{taken:.2f}", f"{1000 * taken / size:.3f}"]
+        for count, size, taken in zip(counts, sizes, seconds)
+    ]
     head = ["pairs a step", "tokens", "seconds", "ms a token"]
     ratio = seconds[-1] / sizes[-1] / (seconds[0] / sizes[0])
     note = f"{straight(sizes, seconds)} The last row's tokens cost {ratio:.2f} times what the first row's do."
@@ -99,8 +107,10 @@ def length(options, directory):
     seconds = step_seconds(policy, batches, options.repeats, micro_tokens=total // 2)
     config = transformer.read_config(str(policy))
     work = [sum(flops.pair_flops(config, *map(int, shape)) for shape in workload.lengths(pairs)) for pairs in batches]
-    rows = [[str(tokens), f"{taken:.2f}", f"{taken / seconds[0]:.2f}", f"{done / work[0]:.2f}"]
-            for tokens, taken, done in zip(lengths, seconds, work)]
+    rows = [
+        [str(tokens), f"{taken:.2f}", f"{taken / seconds[0]:.2f}", f"{done / work[0]:.2f}"]
+        for tokens, taken, done in zip(lengths, seconds, work)
+    ]
     head = ["tokens a pair", "seconds", "against the first", "FLOPs against the first"]
     return f"### Sequence length\n\n{total} tokens a step.\n\n{results.table(head, rows)}"
 
@@ -112,8 +122,9 @@ def vocabulary(options, directory):
     for size in sizes:
         config = options.config | {"vocab_size": size}
         policy = workload.write_model(directory / f"vocabulary {size}", config, 0)
-        seconds += step_seconds(policy, [equal_pairs(count, options.tokens, size)], options.repeats,
-                                micro_tokens=2 * options.tokens)
+        seconds += step_seconds(
+            policy, [equal_pairs(count, options.tokens, size)], options.repeats, micro_tokens=2 * options.tokens
+        )
     rows = [[str(size), f"{taken:.2f}", f"{taken / seconds[0]:.2f}"] for size, taken in zip(sizes, seconds)]
     table = results.table(["vocabulary", "seconds", "against the first"], rows)
     return f"### Vocabulary\n\n{count} pairs a step.\n\n{table}\n\n{straight(sizes, seconds)}"
@@ -122,13 +133,21 @@ def vocabulary(options, directory):
 def ranks(options, directory):
     """One step shared by one and by two processes over gloo."""
     policy = workload.write_model(directory / "ranks", options.config, 0)
-    pairs = workload.make_pairs(8 if options.small else 16, options.config["vocab_size"], 16 if options.small else 3,
-                                longest=2048 // 3)
+    pairs = workload.make_pairs(
+        8 if options.small else 16, options.config["vocab_size"], 16 if options.small else 3, longest=2048 // 3
+    )
     found = {world: together(world, str(policy), pairs, options) for world in (1, 2)}
     rows = []
     for world, (cpu, wall) in found.items():
-        rows.append([str(world), f"{cpu:.2f}", f"{found[1][0] / (world * cpu):.2f}", f"{wall:.2f}",
-                     f"{found[1][1] / (world * wall):.2f}"])
+        rows.append(
+            [
+                str(world),
+                f"{cpu:.2f}",
+                f"{found[1][0] / (world * cpu):.2f}",
+                f"{wall:.2f}",
+                f"{found[1][1] / (world * wall):.2f}",
+            ]
+        )
     head = ["ranks", "CPU s of the busiest rank", "efficiency", "wall s", "efficiency by wall"]
     note = f"{len(pairs)} pairs a step, of different lengths. Wall time tells of the machine's other work too."
     return f"### Ranks\n\n{results.table(head, rows)}\n\n{note}"
@@ -141,23 +160,30 @@ def together(world, policy, pairs, options):
         port = free.getsockname()[1]
     context = multiprocessing.get_context(contest.START)
     answers = context.SimpleQueue()
-    processes = [context.Process(target=one_rank, args=(rank, world, port, policy, pairs, options, answers))
-                 for rank in range(world)]
+    processes = [
+        context.Process(target=one_rank, args=(rank, world, port, policy, pairs, options, answers))
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         if process.exitcode:
             raise RuntimeError(f"a rank ended with exit status {process.exitcode}")
-    taken = np.array([answers.get() for _ in processes])        # [ranks, repeats, (CPU, wall)]
+    taken = np.array([answers.get() for _ in processes])  # [ranks, repeats, (CPU, wall)]
     return tuple(taken.max(0).min(0))
 
 
 def one_rank(rank, world, port, policy, pairs, options, answers):
     """The child: its times, [repeats] of (CPU, wall), go into `answers`."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     with ours.a_run(policy, pairs, micro_tokens=2 * options.tokens) as run:
         net, optimiser = ours.policy(run, policy)
         zeros = [torch.zeros(len(pair.chosen) + len(pair.rejected)) for pair in pairs]

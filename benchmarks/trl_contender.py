@@ -1,4 +1,5 @@
 """TRL's DPOTrainer with the reference's log-probs precomputed. It knows no TGDPO: it is compared with our DPO."""
+
 import logging
 import os
 import tempfile
@@ -12,8 +13,20 @@ from trl import DPOConfig, DPOTrainer
 END = "</s>"
 
 
-def train(policy_dir, guide_dir, pairs, batch, after_step, *, per_device=1, checkpointing=False, by_length=True,
-          beta=0.1, lr=1e-4, device="cpu"):
+def train(
+    policy_dir,
+    guide_dir,
+    pairs,
+    batch,
+    after_step,
+    *,
+    per_device=1,
+    checkpointing=False,
+    by_length=True,
+    beta=0.1,
+    lr=1e-4,
+    device="cpu",
+):
     """Trains with DPO on `pairs`, `batch` of them a step and `per_device` at a time; after_step(loss) after each step.
 
     after_step(None) comes once before the first, when the reference's log-probs are there. guide_dir is not used.
@@ -23,18 +36,37 @@ def train(policy_dir, guide_dir, pairs, batch, after_step, *, per_device=1, chec
     logging.getLogger("trl").setLevel(logging.ERROR)
     model = LlamaForCausalLM.from_pretrained(policy_dir, dtype="float32", attn_implementation="sdpa")
     if by_length:
-        pairs = [pair for start in range(0, len(pairs), batch)
-                 for pair in sorted(pairs[start:start + batch], key=lambda pair: -sum(map(len, pair[:3])))]
+        pairs = [
+            pair
+            for start in range(0, len(pairs), batch)
+            for pair in sorted(pairs[start : start + batch], key=lambda pair: -sum(map(len, pair[:3])))
+        ]
     with tempfile.TemporaryDirectory() as directory:
         config = DPOConfig(
-            output_dir=directory, use_cpu=device == "cpu", bf16=False, beta=beta, learning_rate=lr, lr_scheduler_type="constant",
-            optim="adamw_torch_fused", max_grad_norm=1.0, num_train_epochs=1, per_device_train_batch_size=per_device,
-            gradient_accumulation_steps=batch // per_device, gradient_checkpointing=checkpointing, max_length=None,
-            precompute_ref_log_probs=True, train_sampling_strategy="sequential", save_strategy="no", report_to="none",
-            disable_tqdm=True, logging_strategy="no")
+            output_dir=directory,
+            use_cpu=device == "cpu",
+            bf16=False,
+            beta=beta,
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            max_grad_norm=1.0,
+            num_train_epochs=1,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=batch // per_device,
+            gradient_checkpointing=checkpointing,
+            max_length=None,
+            precompute_ref_log_probs=True,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
         rows = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), texts(pair))) for pair in pairs])
-        trainer = Recorded(model=model, args=config, train_dataset=rows, processing_class=tokenizer(
-            model.config.vocab_size))
+        trainer = Recorded(
+            model=model, args=config, train_dataset=rows, processing_class=tokenizer(model.config.vocab_size)
+        )
         trainer.losses = []
         trainer.add_callback(AfterStep(trainer, after_step))
         trainer.train()

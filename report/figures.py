@@ -3,6 +3,7 @@
 A chart is a dict {title, xlabel, series, …} that page.js draws; see `line` for a series.
 Letters: P pairs, N tokens of all responses.
 """
+
 import collections
 import math
 import unicodedata
@@ -12,7 +13,7 @@ import numpy as np
 
 from report.text import percent, signed, visible
 
-MOST_POINTS = 800       # of a curve
+MOST_POINTS = 800  # of a curve
 SIDES = ("chosen", "rejected")
 NAMES = {"dpo": "DPO", "simpo": "SimPO", "tgdpo": "TGDPO"}
 
@@ -21,7 +22,7 @@ def number_of(value):
     """value as a float where it is a finite number, else None."""
     try:
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    except OverflowError:       # an integer beyond float's range
+    except OverflowError:  # an integer beyond float's range
         return None
 
 
@@ -31,6 +32,7 @@ def plain_numbers(values):
 
 
 # --- curves ---------------------------------------------------------------------------------------
+
 
 def line(name, colour, x, y, style="line", **more):
     """A series of a chart. style: line, dash, dots, step (a histogram's outline), points, band (lo to hi).
@@ -60,13 +62,15 @@ def curve(rows, key):
     return thinned([step for step, _ in points], [value for _, value in points])
 
 
-CURVES = (      # title, ((name, key of metrics.jsonl, colour), …), more of the chart
+CURVES = (  # title, ((name, key of metrics.jsonl, colour), …), more of the chart
     ("Loss", (("loss", "loss", "blue"),), {"marks": [[float(np.log(2)), "log 2"]]}),
-    ("Reward margin", (("optimised φ", "margin", "blue"), ("plain DPO", "dpo_margin", "orange")),
-     {"zero": True}),
+    ("Reward margin", (("optimised φ", "margin", "blue"), ("plain DPO", "dpo_margin", "orange")), {"zero": True}),
     ("Accuracy (pairs with margin > 0)", (("accuracy", "accuracy", "blue"),), {"range": [0, 1]}),
-    ("Log-ratio to the reference, summed", (("chosen", "logratio_chosen", "blue"),
-                                            ("rejected", "logratio_rejected", "orange")), {"zero": True}),
+    (
+        "Log-ratio to the reference, summed",
+        (("chosen", "logratio_chosen", "blue"), ("rejected", "logratio_rejected", "orange")),
+        {"zero": True},
+    ),
     ("Share of tokens with f ≤ 0", (("f ≤ 0", "f_nonpositive", "purple"),), {"zero": True}),
     ("Gradient norm", (("before clipping", "grad_norm", "green"),), {"zero": True}),
     ("Learning rate", (("learning rate", "lr", "green"),), {"zero": True}),
@@ -77,14 +81,14 @@ CURVES = (      # title, ((name, key of metrics.jsonl, colour), …), more of th
 def stage_charts(rows):
     """The curves of one stage's rows: a list of charts, without those that have no point."""
     train, held_out = [r for r in rows if not r.get("eval")], [r for r in rows if r.get("eval")]
-    plain = all(row.get("margin") == row.get("dpo_margin") for row in rows)     # a DPO stage optimises it
+    plain = all(row.get("margin") == row.get("dpo_margin") for row in rows)  # a DPO stage optimises it
     charts = []
     for title, quantities, more in CURVES:
         series = []
         if title == "Reward margin" and plain:
             quantities = (("DPO margin", "margin", "blue"),)
         if title == "Loss" and rows[0].get("stage") == "simpo":
-            more = {}                       # with its target margin, SimPO's loss does not begin at log 2
+            more = {}  # with its target margin, SimPO's loss does not begin at log 2
         for name, key, colour in quantities:
             for label, part, style in (("training", train, "line"), ("held out", held_out, "dots")):
                 x, y = curve(part, key)
@@ -101,11 +105,18 @@ def stage_charts(rows):
             std = {row["step"]: row[keys[1]] for row in part}
             low = [m - std[step] for step, m in zip(x, mean)]
             high = [m + std[step] for step, m in zip(x, mean)]
-            charts.append({"title": title, "xlabel": "step", "series": [
-                line("mean", "blue", x, mean),
-                line("± one standard deviation", "blue", x, mean, "band", lo=low, hi=high),
-                line("least", "purple", *curve(part, keys[2]), "dash"),
-                line("greatest", "green", *curve(part, keys[3]), "dash")]})
+            charts.append(
+                {
+                    "title": title,
+                    "xlabel": "step",
+                    "series": [
+                        line("mean", "blue", x, mean),
+                        line("± one standard deviation", "blue", x, mean, "band", lo=low, hi=high),
+                        line("least", "purple", *curve(part, keys[2]), "dash"),
+                        line("greatest", "green", *curve(part, keys[3]), "dash"),
+                    ],
+                }
+            )
     return charts
 
 
@@ -131,6 +142,7 @@ def stages_of(rows, loss):
 
 # --- what moved -----------------------------------------------------------------------------------
 
+
 def end_token(pairs):
     """The commonest last token of the responses: the end-of-turn token, unless most of them were cut."""
     last = collections.Counter(r.tokens[-1] for pair in pairs for r in pair.responses)
@@ -138,10 +150,10 @@ def end_token(pairs):
 
 
 def kind_of(token):
-    """"white space", "punctuation" (and symbols) or "other", for the table of what carries the reward."""
+    """ "white space", "punctuation" (and symbols) or "other", for the table of what carries the reward."""
     bare = token.strip()
     if not bare:
-        return "white space" if token else "other"      # "" is a token that ends inside a character
+        return "white space" if token else "other"  # "" is a token that ends inside a character
     return "punctuation" if all(unicodedata.category(c)[0] in "PS" for c in bare) else "other"
 
 
@@ -155,13 +167,14 @@ def correlation(x, y):
 
 class Tokens(NamedTuple):
     """All tokens of all pairs, one side: arrays [N]."""
+
     reward: np.ndarray
     weight: np.ndarray
     moved: np.ndarray | None
-    position: np.ndarray            # in its response: 0 the first, towards 1 the last
-    kind: np.ndarray                # 0 other, 1 punctuation, 2 white space, 3 the end token
+    position: np.ndarray  # in its response: 0 the first, towards 1 the last
+    kind: np.ndarray  # 0 other, 1 punctuation, 2 white space, 3 the end token
     text: list
-    pair: np.ndarray                # the pair's number
+    pair: np.ndarray  # the pair's number
 
 
 KINDS = ("other", "punctuation", "white space", "end token")
@@ -182,10 +195,15 @@ def side_tokens(pairs, side, end):
             kind[-1] = KINDS.index("end token")
     lengths = [len(pair.responses[side].tokens) for pair in pairs]
     join = lambda arrays: np.concatenate(arrays).astype(np.float64)
-    return Tokens(join([p.reward[side] for p in pairs]), join([p.weight[side] for p in pairs]),
-                  join([p.moved[side] for p in pairs]) if all(p.moved for p in pairs) else None,
-                  join([np.arange(length) / length for length in lengths]), np.array(kind), text,
-                  np.repeat([pair.number for pair in pairs], lengths))
+    return Tokens(
+        join([p.reward[side] for p in pairs]),
+        join([p.weight[side] for p in pairs]),
+        join([p.moved[side] for p in pairs]) if all(p.moved for p in pairs) else None,
+        join([np.arange(length) / length for length in lengths]),
+        np.array(kind),
+        text,
+        np.repeat([pair.number for pair in pairs], lengths),
+    )
 
 
 def histogram(title, xlabel, values):
@@ -217,8 +235,10 @@ def position_chart(title, sides, values):
     for side, colour, tokens, value in zip(SIDES, ("blue", "orange"), sides, values):
         x, mean, low, high = by_bin(tokens.position, value, np.linspace(0, 1, bins + 1))
         x = [100 * v for v in x]
-        series += [line(f"{side}, mean", colour, x, mean, "line" if side == "chosen" else "dash"),
-                   line(f"{side}, 10 to 90 %", colour, x, mean, "band", lo=low, hi=high)]
+        series += [
+            line(f"{side}, mean", colour, x, mean, "line" if side == "chosen" else "dash"),
+            line(f"{side}, 10 to 90 %", colour, x, mean, "band", lo=low, hi=high),
+        ]
     return {"title": title, "xlabel": "place in the response, %", "series": series}
 
 
@@ -227,15 +247,29 @@ def scatter(sides):
     series = []
     for side, colour, tokens in zip(SIDES, ("blue", "orange"), sides):
         pick = np.unique(np.linspace(0, len(tokens.text) - 1, 1200).astype(int))
-        series.append(line(side, colour, tokens.weight[pick], tokens.moved[pick], "points",
-                           labels=[f"{visible(tokens.text[i])}  (pair {tokens.pair[i]})" for i in pick]))
+        series.append(
+            line(
+                side,
+                colour,
+                tokens.weight[pick],
+                tokens.moved[pick],
+                "points",
+                labels=[f"{visible(tokens.text[i])}  (pair {tokens.pair[i]})" for i in pick],
+            )
+        )
     for side, colour, tokens in zip(SIDES, ("blue", "orange"), sides):
         edges = np.unique(np.quantile(tokens.weight, np.linspace(0, 1, 13)))
         if len(edges) > 2:
             x, mean, _, _ = by_bin(tokens.weight, tokens.moved, edges)
             series.append(line(f"{side}, mean", colour, x, mean, "line" if side == "chosen" else "dash"))
-    return {"title": "Change of a token's log-ratio against its weight f", "xlabel": "weight f",
-            "ylabel": "log π/π_ref after training", "series": series, "zero": True, "wide": True}
+    return {
+        "title": "Change of a token's log-ratio against its weight f",
+        "xlabel": "weight f",
+        "ylabel": "log π/π_ref after training",
+        "series": series,
+        "zero": True,
+        "wide": True,
+    }
 
 
 def moved_section(pairs, guided, symbol):
@@ -247,24 +281,41 @@ def moved_section(pairs, guided, symbol):
     who = "Guide" if guided else "Policy"
 
     right = sum(pair.margin > 0 for pair in pairs)
-    totals = np.array([[r.sum() for r in pair.reward] for pair in pairs], np.float64)               # [P, 2]
-    lengths = np.array([[len(r.tokens) for r in pair.responses] for pair in pairs], np.float64)     # [P, 2]
-    figures = [[f"{who} accuracy", percent(right, len(pairs)),
-                f"{right} of {len(pairs)} pairs: the chosen response has the larger Σ {symbol}"]]
+    totals = np.array([[r.sum() for r in pair.reward] for pair in pairs], np.float64)  # [P, 2]
+    lengths = np.array([[len(r.tokens) for r in pair.responses] for pair in pairs], np.float64)  # [P, 2]
+    figures = [
+        [
+            f"{who} accuracy",
+            percent(right, len(pairs)),
+            f"{right} of {len(pairs)} pairs: the chosen response has the larger Σ {symbol}",
+        ]
+    ]
     if all(pair.moved for pair in pairs):
         margins = [("Plain DPO margin > 0", "plain")] + [("Optimised margin φ > 0", "phi")] * guided
         for label, name in margins:
             above = sum(getattr(pair, name) > 0 for pair in pairs)
             figures.append([label, percent(above, len(pairs)), f"{above} of {len(pairs)} pairs, trained"])
-    longer, larger = (-np.diff(part)[:, 0] for part in (lengths, totals))       # [P], chosen less rejected
+    longer, larger = (-np.diff(part)[:, 0] for part in (lengths, totals))  # [P], chosen less rejected
     figures += [
-        ["Summed reward with length", signed(correlation(lengths.ravel(), totals.ravel())),
-         f"Pearson correlation, {lengths.size} responses"],
-        ["Margin with extra length", signed(correlation(longer, larger)),
-         "Pearson correlation of the differences, chosen less rejected"]]
+        [
+            "Summed reward with length",
+            signed(correlation(lengths.ravel(), totals.ravel())),
+            f"Pearson correlation, {lengths.size} responses",
+        ],
+        [
+            "Margin with extra length",
+            signed(correlation(longer, larger)),
+            "Pearson correlation of the differences, chosen less rejected",
+        ],
+    ]
     for side, tokens in zip(SIDES, sides):
-        figures.append([f"Mean {symbol}, {side}", signed(tokens.reward.mean()),
-                        f"standard deviation {tokens.reward.std():.3g}, {len(tokens.text):,} tokens"])
+        figures.append(
+            [
+                f"Mean {symbol}, {side}",
+                signed(tokens.reward.mean()),
+                f"standard deviation {tokens.reward.std():.3g}, {len(tokens.text):,} tokens",
+            ]
+        )
     if guided:
         for side, tokens in zip(SIDES, sides):
             flipped = (tokens.weight <= 0).sum()
@@ -276,23 +327,44 @@ def moved_section(pairs, guided, symbol):
     for kind in (3, 1, 2, 0):
         for side, t in zip(SIDES, sides):
             mine = t.kind == kind
-            table.append([KINDS[kind], side, f"{mine.sum():,}", percent(mine.sum(), len(mine)),
-                          percent(abs(t.reward[mine]).sum(), abs(t.reward).sum()),
-                          signed(t.reward[mine].mean() if mine.any() else None),
-                          percent(abs(t.weight[mine]).sum(), abs(t.weight).sum())][:len(columns)])
+            table.append(
+                [
+                    KINDS[kind],
+                    side,
+                    f"{mine.sum():,}",
+                    percent(mine.sum(), len(mine)),
+                    percent(abs(t.reward[mine]).sum(), abs(t.reward).sum()),
+                    signed(t.reward[mine].mean() if mine.any() else None),
+                    percent(abs(t.weight[mine]).sum(), abs(t.weight).sum()),
+                ][: len(columns)]
+            )
 
     rewards, weights = tuple(t.reward for t in sides), tuple(t.weight for t in sides)
-    charts = [histogram(f"Distribution of {symbol}", symbol, rewards),
-              position_chart(f"{symbol} by position", sides, rewards)]
+    charts = [
+        histogram(f"Distribution of {symbol}", symbol, rewards),
+        position_chart(f"{symbol} by position", sides, rewards),
+    ]
     if guided:
-        charts += [histogram("Distribution of f", "weight f", weights),
-                   position_chart("f by position", sides, weights)]
+        charts += [histogram("Distribution of f", "weight f", weights), position_chart("f by position", sides, weights)]
         if all(t.moved is not None for t in sides):
             charts.insert(0, scatter(sides))
-    charts.append({
-        "title": "Summed reward against length", "xlabel": "tokens", "ylabel": f"Σ {symbol}", "zero": True,
-        "series": [line(side, colour, lengths[:, s], totals[:, s], "points",
-                        labels=[f"pair {pair.number}, {side}" for pair in pairs])
-                   for s, (side, colour) in enumerate(zip(SIDES, ("blue", "orange")))]})
-    return {"charts": charts, "figures": figures, "columns": columns, "table": table,
-            "end": visible(end_token(pairs))}
+    charts.append(
+        {
+            "title": "Summed reward against length",
+            "xlabel": "tokens",
+            "ylabel": f"Σ {symbol}",
+            "zero": True,
+            "series": [
+                line(
+                    side,
+                    colour,
+                    lengths[:, s],
+                    totals[:, s],
+                    "points",
+                    labels=[f"pair {pair.number}, {side}" for pair in pairs],
+                )
+                for s, (side, colour) in enumerate(zip(SIDES, ("blue", "orange")))
+            ],
+        }
+    )
+    return {"charts": charts, "figures": figures, "columns": columns, "table": table, "end": visible(end_token(pairs))}

@@ -13,6 +13,7 @@ Per token t of a response, all from the log-probabilities of the three models:
 Without a guide, the policy's implicit reward stands in r_hat's place: beta * (policy - ref) in a dpo run,
 beta * policy / T in a simpo run, which has no reference. Letters: T tokens of one response.
 """
+
 import argparse
 import base64
 import collections
@@ -31,39 +32,42 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))        # as a command: the folder above is where `report` is found
+    sys.path.insert(0, str(HERE.parent))  # as a command: the folder above is where `report` is found
 from report.figures import NAMES, SIDES, moved_section, number_of, plain_numbers, stage_charts, stages_of
 from report.text import clipped, percent, right_to_left, visible, written
 
 # What the page carries at most, so that it opens on a phone; its statistics are over everything.
 MOST_TOKENS, MOST_SAMPLES, MOST_DROPPED = 200_000, 40, 200
-DEFAULTS = {"loss": "tgdpo", "beta": 0.1, "alpha": 0.5}     # train.py's, where config.toml does not say
+DEFAULTS = {"loss": "tgdpo", "beta": 0.1, "alpha": 0.5}  # train.py's, where config.toml does not say
 SYMBOLS = {"tgdpo": "r̂", "dpo": "β log π/π_ref", "simpo": "β/|y| log π"}
 
 
 class Response(NamedTuple):
     """One scored response of tokens.jsonl; log-probabilities in nats."""
-    tokens: list                    # T strings
-    ref: np.ndarray | None          # [T] float32, None in a simpo run
-    guide: np.ndarray | None        # [T], None where the run has no guide
-    policy: np.ndarray | None       # [T], None while there is no trained policy
+
+    tokens: list  # T strings
+    ref: np.ndarray | None  # [T] float32, None in a simpo run
+    guide: np.ndarray | None  # [T], None where the run has no guide
+    policy: np.ndarray | None  # [T], None while there is no trained policy
 
 
 class Scored(NamedTuple):
     """A pair with what the page says of it. Arrays come as (chosen, rejected)."""
-    number: int                     # from 1, its line in tokens.jsonl
+
+    number: int  # from 1, its line in tokens.jsonl
     source: str
     prompt: str
     responses: tuple
-    reward: tuple | None            # two [T]: r_hat, or the policy's implicit reward
-    weight: tuple                   # two [T]: f_w and f_l, ones without a guide
-    moved: tuple | None             # two [T]: log pi/pi_ref of the policy
-    margin: float | None            # summed reward, chosen less rejected
-    plain: float | None             # plain DPO margin of the policy
-    phi: float | None               # optimised margin of the policy
+    reward: tuple | None  # two [T]: r_hat, or the policy's implicit reward
+    weight: tuple  # two [T]: f_w and f_l, ones without a guide
+    moved: tuple | None  # two [T]: log pi/pi_ref of the policy
+    margin: float | None  # summed reward, chosen less rejected
+    plain: float | None  # plain DPO margin of the policy
+    phi: float | None  # optimised margin of the policy
 
 
 # --- reading --------------------------------------------------------------------------------------
+
 
 def read_rows(path):
     """The objects of a .jsonl file and the number of lines that hold none. Missing: ([], 0)."""
@@ -157,8 +161,18 @@ def score(number, row, settings):
     if moved:
         plain = float(beta * (moved[0].sum() - moved[1].sum()))
         phi = float(beta * ((weight[0] * moved[0]).sum() - (weight[1] * moved[1]).sum()))
-    return Scored(number, str(row.get("source", "")), str(row.get("prompt", "")), responses, reward, weight,
-                  moved, margin, plain, phi)
+    return Scored(
+        number,
+        str(row.get("source", "")),
+        str(row.get("prompt", "")),
+        responses,
+        reward,
+        weight,
+        moved,
+        margin,
+        plain,
+        phi,
+    )
 
 
 def settings_of(config, rows):
@@ -187,6 +201,7 @@ def packed(values, kind="<f4"):
 
 # --- pairs ----------------------------------------------------------------------------------------
 
+
 def classes_of(pairs, guided):
     """The filters of the token view: list of {name, note, pairs: numbers}.
 
@@ -208,12 +223,23 @@ def classes_of(pairs, guided):
     ranked.sort(key=value)
     count = min(20, len(ranked) // 2, max(3, len(ranked) // 10))
     wrong = [pair.number for pair in ranked if pair.margin <= 0]
-    return [{"name": names[0], "note": f"The {count} pairs with the largest {what}.",
-             "pairs": [pair.number for pair in ranked[::-1][:count]]},
-            {"name": names[1], "note": f"The {count} pairs with the smallest {what}.",
-             "pairs": [pair.number for pair in ranked[:count]]},
-            {"name": f"{who} got wrong", "pairs": wrong,
-             "note": "Pairs whose rejected response has the larger summed reward, the widest gap first."}]
+    return [
+        {
+            "name": names[0],
+            "note": f"The {count} pairs with the largest {what}.",
+            "pairs": [pair.number for pair in ranked[::-1][:count]],
+        },
+        {
+            "name": names[1],
+            "note": f"The {count} pairs with the smallest {what}.",
+            "pairs": [pair.number for pair in ranked[:count]],
+        },
+        {
+            "name": f"{who} got wrong",
+            "pairs": wrong,
+            "note": "Pairs whose rejected response has the larger summed reward, the widest gap first.",
+        },
+    ]
 
 
 def embedded_pairs(pairs, classes):
@@ -231,13 +257,19 @@ def embedded_pairs(pairs, classes):
     pieces = {}
     records = []
     for pair in sorted(kept, key=lambda pair: pair.number):
-        record = {"n": pair.number, "source": clipped(pair.source, 300), "prompt": clipped(pair.prompt),
-                  "margins": plain_numbers([pair.margin, pair.plain, pair.phi])}
+        record = {
+            "n": pair.number,
+            "source": clipped(pair.source, 300),
+            "prompt": clipped(pair.prompt),
+            "margins": plain_numbers([pair.margin, pair.plain, pair.phi]),
+        }
         for side, response in zip(SIDES, pair.responses):
             ids = [pieces.setdefault(visible(token), len(pieces)) for token in response.tokens]
             record[side] = {"ids": packed(ids, "<u4"), "rtl": right_to_left(response.tokens)} | {
-                name: packed(getattr(response, name)) for name in ("ref", "guide", "policy")
-                if getattr(response, name) is not None}
+                name: packed(getattr(response, name))
+                for name in ("ref", "guide", "policy")
+                if getattr(response, name) is not None
+            }
         records.append(record)
     return list(pieces), records
 
@@ -251,14 +283,25 @@ def spread(pairs, name):
 
 # --- the page -------------------------------------------------------------------------------------
 
+
 def table(name, title, columns, rows, opened=True):
     """A table of text for the page."""
-    return {"id": name, "title": title, "open": opened, "columns": [visible(str(c)) for c in columns],
-            "rows": [[written(cell) for cell in row] for row in rows]}
+    return {
+        "id": name,
+        "title": title,
+        "open": opened,
+        "columns": [visible(str(c)) for c in columns],
+        "rows": [[written(cell) for cell in row] for row in rows],
+    }
 
 
-MEANINGS = {"rows": "rows read", "kept": "pairs kept", "cut": "responses cut at their end",
-            "boundary": "responses tokenised apart from the prompt", "dropped": "rows dropped"}
+MEANINGS = {
+    "rows": "rows read",
+    "kept": "pairs kept",
+    "cut": "responses cut at their end",
+    "boundary": "responses tokenised apart from the prompt",
+    "dropped": "rows dropped",
+}
 
 
 def run_tables(run, config, dropped):
@@ -267,16 +310,23 @@ def run_tables(run, config, dropped):
     figures = run.get("table")
     if isinstance(figures, list) and figures and all(isinstance(row, dict) for row in figures):
         columns = list(dict.fromkeys(key for row in figures for key in row))
-        tables.append(table("evaluation", "Final evaluation", [c.replace("_", " ") for c in columns],
-                            [[f"{value:.4g}" if isinstance(value, float) else value
-                              for value in map(row.get, columns)] for row in figures]))
+        tables.append(
+            table(
+                "evaluation",
+                "Final evaluation",
+                [c.replace("_", " ") for c in columns],
+                [
+                    [f"{value:.4g}" if isinstance(value, float) else value for value in map(row.get, columns)]
+                    for row in figures
+                ],
+            )
+        )
     counts = run["data"] if isinstance(run.get("data"), dict) else {}
     if not all(isinstance(value, dict) for value in counts.values()):
-        counts = {"": counts}                   # one set of data; else train and eval
+        counts = {"": counts}  # one set of data; else train and eval
     counts = {name: flatten(value) for name, value in counts.items()}
     keys = dict.fromkeys(key for value in counts.values() for key in value)
-    rows = [[MEANINGS.get(key, key.replace("_", " ")), *(value.get(key) for value in counts.values())]
-            for key in keys]
+    rows = [[MEANINGS.get(key, key.replace("_", " ")), *(value.get(key) for value in counts.values())] for key in keys]
     if rows:
         tables.append(table("data", "Data", ["", *counts], rows))
     if dropped:
@@ -284,14 +334,21 @@ def run_tables(run, config, dropped):
         reasons = collections.Counter(str(row.get("reason", "?")).split(":")[0] for row in dropped)
         tables.append(table("reasons", "Dropped, by reason", ["", ""], reasons.most_common()))
         columns = ("file", "row", "reason")
-        tables.append(table("dropped", f"Dropped rows ({len(dropped)})", columns,
-                            [[row.get(c) for c in columns] for row in dropped[:MOST_DROPPED]], opened=False))
+        tables.append(
+            table(
+                "dropped",
+                f"Dropped rows ({len(dropped)})",
+                columns,
+                [[row.get(c) for c in columns] for row in dropped[:MOST_DROPPED]],
+                opened=False,
+            )
+        )
         if len(dropped) > MOST_DROPPED:
             tables[-1]["note"] = f"The first {MOST_DROPPED}; all of them are in dropped.jsonl."
-    machine = [item for key in ("machine", "versions") if isinstance(run.get(key), dict)
-               for item in flatten(run[key]).items()]
-    for name, title, items in (("machine", "Machine and versions", machine),
-                               ("settings", "Settings", config.items())):
+    machine = [
+        item for key in ("machine", "versions") if isinstance(run.get(key), dict) for item in flatten(run[key]).items()
+    ]
+    for name, title, items in (("machine", "Machine and versions", machine), ("settings", "Settings", config.items())):
         if items:
             tables.append(table(name, title, ["", ""], items, opened=name == "machine"))
     return tables
@@ -314,25 +371,44 @@ def gather(out_dir):
     guided, symbol = settings["loss"] == "tgdpo", SYMBOLS[settings["loss"]]
     stages, classes = stages_of(rows, settings["loss"]), classes_of(pairs, guided)
     pieces, records = embedded_pairs(pairs, classes)
-    notes = [f"{count} line(s) of {name} could not be read and are left out."
-             for name, count in (("metrics.jsonl", unread_metrics), ("tokens.jsonl", unread_tokens)) if count]
+    notes = [
+        f"{count} line(s) of {name} could not be read and are left out."
+        for name, count in (("metrics.jsonl", unread_metrics), ("tokens.jsonl", unread_tokens))
+        if count
+    ]
     if settings["assumed"] and pairs:
-        notes.append(f"config.toml does not give {', '.join(settings['assumed'])}; assumed: "
-                     + ", ".join(f"{key} {settings[key]}" for key in settings["assumed"]) + ".")
+        notes.append(
+            f"config.toml does not give {', '.join(settings['assumed'])}; assumed: "
+            + ", ".join(f"{key} {settings[key]}" for key in settings["assumed"])
+            + "."
+        )
     if len(records) < len(pairs):
-        notes.append(f"Token by token the page holds {len(records)} of the {len(pairs)} pairs; its "
-                     "statistics are over all of them.")
-    samples = [{clipped(str(key), 60): clipped(value) for key, value in row.items() if isinstance(value, str)}
-               for row in read_json(out_dir / "samples.json", list)[:MOST_SAMPLES] if isinstance(row, dict)]
+        notes.append(
+            f"Token by token the page holds {len(records)} of the {len(pairs)} pairs; its "
+            "statistics are over all of them."
+        )
+    samples = [
+        {clipped(str(key), 60): clipped(value) for key, value in row.items() if isinstance(value, str)}
+        for row in read_json(out_dir / "samples.json", list)[:MOST_SAMPLES]
+        if isinstance(row, dict)
+    ]
     return {
-        "name": visible(out_dir.resolve().name), "about": about(config, settings, stages, out_dir),
-        "notes": notes, "tiles": tiles(stages, pairs, guided),
+        "name": visible(out_dir.resolve().name),
+        "about": about(config, settings, stages, out_dir),
+        "notes": notes,
+        "tiles": tiles(stages, pairs, guided),
         "stages": [{"title": title, "charts": stage_charts(part)} for title, part in stages],
         "settings": {key: settings[key] for key in ("loss", "beta", "alpha", "guide_beta")},
-        "guided": guided, "symbol": symbol,
-        "reward_scale": spread(pairs, "reward"), "moved_scale": spread(pairs, "moved"),
-        "pieces": pieces, "pairs": records, "classes": classes, "moved": moved_section(pairs, guided, symbol),
-        "samples": samples, "tables": run_tables(run, config, dropped),
+        "guided": guided,
+        "symbol": symbol,
+        "reward_scale": spread(pairs, "reward"),
+        "moved_scale": spread(pairs, "moved"),
+        "pieces": pieces,
+        "pairs": records,
+        "classes": classes,
+        "moved": moved_section(pairs, guided, symbol),
+        "samples": samples,
+        "tables": run_tables(run, config, dropped),
         "command": clipped(run["command"]) if isinstance(run.get("command"), str) else "",
     }
 
@@ -346,14 +422,20 @@ def about(config, settings, stages, out_dir):
     if stages:
         title, rows = stages[-1]
         stamp = (out_dir / "metrics.jsonl").stat().st_mtime
-        parts += [f"{title}, step {rows[-1]['step']:g}",
-                  "last written " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp))]
+        parts += [
+            f"{title}, step {rows[-1]['step']:g}",
+            "last written " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp)),
+        ]
     return " · ".join(parts)
 
 
-TILES = (("Accuracy", "accuracy", "{:.1%}"), ("Optimised margin φ", "margin", "{:.3g}"),
-         ("Plain DPO margin", "dpo_margin", "{:.3g}"), ("Loss", "loss", "{:.4g}"),
-         ("Tokens with f ≤ 0", "f_nonpositive", "{:.1%}"))
+TILES = (
+    ("Accuracy", "accuracy", "{:.1%}"),
+    ("Optimised margin φ", "margin", "{:.3g}"),
+    ("Plain DPO margin", "dpo_margin", "{:.3g}"),
+    ("Loss", "loss", "{:.4g}"),
+    ("Tokens with f ≤ 0", "f_nonpositive", "{:.1%}"),
+)
 
 
 def tiles(stages, pairs, guided):
@@ -361,8 +443,10 @@ def tiles(stages, pairs, guided):
     if not stages:
         return []
     rows, found = stages[-1][1], {}
-    for where, part in (("held out", [row for row in rows if row.get("eval")]),
-                        ("training", [row for row in rows if not row.get("eval")])):
+    for where, part in (
+        ("held out", [row for row in rows if row.get("eval")]),
+        ("training", [row for row in rows if not row.get("eval")]),
+    ):
         for label, key, form in TILES:
             value = number_of(part[-1].get(key)) if part else None
             if value is not None and label not in found:
@@ -378,10 +462,17 @@ def page(data):
     """The HTML of the report. Its own script and style are the only ones its content policy lets run."""
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     allowed = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
-    policy = (f"default-src 'none'; script-src 'sha256-{allowed[0]}'; style-src 'sha256-{allowed[1]}'; "
-              "base-uri 'none'; form-action 'none'")
-    parts = {"POLICY": policy, "TITLE": html.escape(data["name"]), "STYLE": style, "SCRIPT": script,
-             "DATA": embedded(data)}
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{allowed[0]}'; style-src 'sha256-{allowed[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "POLICY": policy,
+        "TITLE": html.escape(data["name"]),
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": embedded(data),
+    }
     template = (HERE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match.group(1)], template)
 
@@ -412,7 +503,7 @@ def main(argv=None):
     parser.add_argument("out", help="the run's output directory")
     parser.add_argument("--output", help="where to write the page (default OUT/report.html)")
     options = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")       # a path need not be text
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     try:
         print(write(options.out, options.output))
     except OSError as error:

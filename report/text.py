@@ -1,13 +1,28 @@
 """Text as the page shows it: nothing hidden, nothing endless."""
+
 import collections
 import json
 import re
 import unicodedata
 
-MOST_TEXT = 4_000       # characters of a prompt or an answer that the page carries
+MOST_TEXT = 4_000  # characters of a prompt or an answer that the page carries
 # Printable by category, and yet nothing is seen of them: Unicode's Default_Ignorable_Code_Point, and a blank.
-UNSEEN = {0x2800, 0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0,
-          *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
+UNSEEN = {
+    0x2800,
+    0x034F,
+    0x115F,
+    0x1160,
+    0x17B4,
+    0x17B5,
+    0x180B,
+    0x180C,
+    0x180D,
+    0x180F,
+    0x3164,
+    0xFFA0,
+    *range(0xFE00, 0xFE10),
+    *range(0xE0100, 0xE01F0),
+}
 
 
 def visible(text):
@@ -16,9 +31,10 @@ def visible(text):
     Spaces, line feeds and tabs stay (the page marks them). Controls, bidi marks, surrogates, unassigned and
     private characters, odd spaces and ignorable ones do not. A combining mark in front gets a dotted circle.
     """
+
     def spell(match):
-        mark, before = match.group(), match.string[match.start() - 1:match.start()]
-        if mark == "\ufe0f" and before and unicodedata.category(before)[0] == "S":   # an emoji's colour: ❤️
+        mark, before = match.group(), match.string[match.start() - 1 : match.start()]
+        if mark == "\ufe0f" and before and unicodedata.category(before)[0] == "S":  # an emoji's colour: ❤️
             return mark
         return mark if mark.isprintable() and ord(mark) not in UNSEEN else f"⟨U+{ord(mark):04X}⟩"
 
@@ -31,7 +47,7 @@ def clipped(text, most=MOST_TEXT):
     """visible(text), without the middle of an over-long one: what a model answers stands at the end."""
     if len(text) > most:
         left = len(text) - most
-        text = f"{text[:most // 2]}\n[… {left:,} characters left out …]\n{text[-(most - most // 2):]}"
+        text = f"{text[: most // 2]}\n[… {left:,} characters left out …]\n{text[-(most - most // 2) :]}"
     return visible(text)
 
 
@@ -45,7 +61,7 @@ def written(value):
 
 
 def percent(part, whole):
-    """"12.3%", or a dash where there is no whole."""
+    """ "12.3%", or a dash where there is no whole."""
     return f"{part / whole:.1%}" if whole else "–"
 
 

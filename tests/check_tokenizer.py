@@ -14,12 +14,13 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import data
+from files.tokenizer import load_tokenizer
 
-TODAY = "26 Jul 2024"       # what the sandbox tells a template that asks for the date
+TODAY = "26 Jul 2024"  # what the sandbox tells a template that asks for the date
 
 
 def main(directory, *files):
-    ours, theirs = data.load_tokenizer(directory), transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    ours, theirs = load_tokenizer(directory), transformers.PreTrainedTokenizerFast.from_pretrained(directory)
     pairs, counts = data.load_pairs(files, ours, 10**6, 10**6, skip_bad_rows=True)
     rows = {f"{path}:{row}": value for path in map(pathlib.Path, files) for row, value in data.read_rows(path)}
     prompts = responses = 0
@@ -27,8 +28,10 @@ def main(directory, *files):
         messages, *texts = data.preference_of(rows[pair.source])
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, date_string=TODAY)
         prompts += ids == pair.prompt.tolist()
-        responses += sum(ours.decode(side[:-1]).strip() == text.strip() and side[-1] in ours.end_ids
-                         for text, side in zip(texts, (pair.chosen, pair.rejected)))
+        responses += sum(
+            ours.decode(side[:-1]).strip() == text.strip() and side[-1] in ours.end_ids
+            for text, side in zip(texts, (pair.chosen, pair.rejected))
+        )
     print(f"prompts equal: {prompts} of {len(pairs)}; responses and their end tokens: {responses} of {2 * len(pairs)}")
     for reason, count in collections.Counter(drop["reason"].split(":")[0] for drop in counts.dropped).items():
         print(f"not compared, dropped: {count} {reason}")

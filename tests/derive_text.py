@@ -1,4 +1,5 @@
 """derive.md as the tests read it: its text by label, and a check that a number stands in it as computed."""
+
 import re
 from pathlib import Path
 

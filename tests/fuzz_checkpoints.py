@@ -1,6 +1,6 @@
 """Mutate config.json and safetensors headers by the thousand: each loads or is refused in one line, and fast.
 
-    python tests/fuzz_checkpoints.py [ROUNDS] [SEED]
+python tests/fuzz_checkpoints.py [ROUNDS] [SEED]
 """
 
 import json
@@ -17,19 +17,57 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent)]
 import torch
 
 import model
-from harness import weights
+from files import weights
+from files.errors import BadInput
 
-VALUES = [None, True, False, 0, -1, 1, 2, 3, 7, 1 << 30, 1 << 40, -1e308, 1e-320, float("nan"), float("inf"), "", "x", "silu",
-          [], [[]], {}, {"a": 1}, ["LlamaForCausalLM"], ["MistralForCausalLM"], {"rope_type": "linear", "factor": 0},
-          {"rope_type": "llama3"}, "\ud800", "../x", "a" * 1000]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    1 << 30,
+    1 << 40,
+    -1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "silu",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    ["LlamaForCausalLM"],
+    ["MistralForCausalLM"],
+    {"rope_type": "linear", "factor": 0},
+    {"rope_type": "llama3"},
+    "\ud800",
+    "../x",
+    "a" * 1000,
+]
 
 
 def mutated_json(raw, rng):
     """An object with some fields replaced, dropped or added."""
     raw = json.loads(json.dumps(raw))
     for _ in range(rng.randint(1, 3)):
-        name = rng.choice([*raw, "head_dim", "sliding_window", "rope_scaling", "rope_parameters", "quantization_config",
-                           "partial_rotary_factor"])
+        name = rng.choice(
+            [
+                *raw,
+                "head_dim",
+                "sliding_window",
+                "rope_scaling",
+                "rope_parameters",
+                "quantization_config",
+                "partial_rotary_factor",
+            ]
+        )
         if rng.random() < 0.2:
             raw.pop(name, None)
         else:
@@ -48,7 +86,7 @@ def mutated_bytes(content, rng):
         elif kind == 1:
             content[at:at] = bytes([rng.randrange(256)]) * rng.randint(1, 9)
         elif kind == 2:
-            del content[at:at + rng.randint(1, 40)]
+            del content[at : at + rng.randint(1, 40)]
         else:
             content[:8] = struct.pack("<Q", rng.choice([0, 1, 7, 500, 1 << 20, 1 << 40, (1 << 64) - 1]))
     return bytes(content)
@@ -68,7 +106,7 @@ def fuzz(good, seed, rounds):
         try:
             model.check(str(good))
             model.load_model(str(good))
-        except model.BadCheckpoint as error:
+        except BadInput as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, error
         assert time.monotonic() - began < 5
         ended += 1
@@ -79,10 +117,16 @@ def fuzz(good, seed, rounds):
 
 if __name__ == "__main__":
     from test_bad_checkpoints import CONFIG
-    rounds, seed = (int(x) for x in (sys.argv[1:] + ["5000", "0"][len(sys.argv) - 1:]))
+
+    rounds, seed = (int(x) for x in (sys.argv[1:] + ["5000", "0"][len(sys.argv) - 1 :]))
     directory = pathlib.Path(tempfile.mkdtemp()) / "m"
     net = model.random_model(model.parse_config(CONFIG))
-    model.save_model(str(directory), CONFIG, {n: tuple(p.shape) for n, p in net.named_parameters()},
-                     iter(net.named_parameters()), torch.float32)
+    weights.save_model(
+        str(directory),
+        CONFIG,
+        {n: tuple(p.shape) for n, p in net.named_parameters()},
+        iter(net.named_parameters()),
+        torch.float32,
+    )
     print(f"{fuzz(directory, seed, rounds)} of {rounds} ended in a model or in one line")
     shutil.rmtree(directory.parent)

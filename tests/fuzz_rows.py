@@ -1,9 +1,10 @@
-"""Mutated rows, tokenizer files and chat templates by the thousand: BadData or pairs, no other end.
+"""Mutated rows, tokenizer files and chat templates by the thousand: BadInput or pairs, no other end.
 
     python tests/fuzz_rows.py [SECONDS [SEED]]
 
 Not part of the suite, which runs a short form of it (test_bad_data.py).
 """
+
 import json
 import random
 import sys
@@ -16,23 +17,92 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from tiny_tokenizers import LLAMA3, MISTRAL_V3, PLAIN, llama3, mistral, row  # noqa: E402
 
 import data  # noqa: E402
+from files.errors import BadInput
+from files.tokenizer import load_tokenizer
 
 SEEDS = [
-    row(), row([{"role": "user", "content": "Hi"}]), row(input="x", system="y"),
-    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "a"},
-     "rejected": {"from": "gpt", "value": "b"}},
-    {"chosen": [{"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
-     "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}]},
+    row(),
+    row([{"role": "user", "content": "Hi"}]),
+    row(input="x", system="y"),
+    {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+    {
+        "chosen": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        ],
+        "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}],
+    },
 ]
-STRANGE = [None, True, -1, 1e308, "", "\ud800", "\0", "<|eot_id|>", "\u202e", "x" * 5000, [], {}, [[]],
-           [None], {"": None}, [{"role": "user"}], {"content": {}}, "assistant", "system", ["a"], 10 ** 30]
-TEMPLATE_PARTS = ["{{ ", " }}", "{% ", " %}", "{#", "#}", "for ", "if ", "endfor", "endif", "messages", "[0]",
-                  ".content", "['role']", " | trim", " | tojson", "set x = ", "x + x", "namespace(a=1)",
-                  "raise_exception('a')", "''.__class__", "range(9999)", " * 99999", "loop.index",
-                  "eos_token", "macro m()", "endmacro", "m()", "strftime_now('%Y')", "-", "\n", "'",
-                  "caller()", "\ud800", "generation", "endgeneration", "break", "{{ eos_token }}",
-                  "{% set x = 1 %}", " ", "x"]
+STRANGE = [
+    None,
+    True,
+    -1,
+    1e308,
+    "",
+    "\ud800",
+    "\0",
+    "<|eot_id|>",
+    "\u202e",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [{"role": "user"}],
+    {"content": {}},
+    "assistant",
+    "system",
+    ["a"],
+    10**30,
+]
+TEMPLATE_PARTS = [
+    "{{ ",
+    " }}",
+    "{% ",
+    " %}",
+    "{#",
+    "#}",
+    "for ",
+    "if ",
+    "endfor",
+    "endif",
+    "messages",
+    "[0]",
+    ".content",
+    "['role']",
+    " | trim",
+    " | tojson",
+    "set x = ",
+    "x + x",
+    "namespace(a=1)",
+    "raise_exception('a')",
+    "''.__class__",
+    "range(9999)",
+    " * 99999",
+    "loop.index",
+    "eos_token",
+    "macro m()",
+    "endmacro",
+    "m()",
+    "strftime_now('%Y')",
+    "-",
+    "\n",
+    "'",
+    "caller()",
+    "\ud800",
+    "generation",
+    "endgeneration",
+    "break",
+    "{{ eos_token }}",
+    "{% set x = 1 %}",
+    " ",
+    "x",
+]
 
 
 def mutate(rng, value):
@@ -47,7 +117,7 @@ def mutate(rng, value):
         return changed
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
-        changed = value[:at] + [mutate(rng, value[at])] * rng.choice([0, 1, 1, 1, 2]) + value[at + 1:]
+        changed = value[:at] + [mutate(rng, value[at])] * rng.choice([0, 1, 1, 1, 2]) + value[at + 1 :]
         return changed
     if isinstance(value, str) and rng.random() < 0.4:
         at = rng.randint(0, len(value))
@@ -61,18 +131,18 @@ def damage(rng, raw):
     for _ in range(rng.choice([0, 0, 0, 1, 1, 3])):
         at = rng.randrange(len(raw))
         new = rng.choice([b"", b"\xff", b"\n", b"[", b"]", b"{", b'"', b"\\", bytes([rng.randrange(256)])])
-        raw[at:at + rng.choice([0, 1, 1, 5])] = new
+        raw[at : at + rng.choice([0, 1, 1, 5])] = new
         raw = raw or bytearray(b" ")
     return bytes(raw)
 
 
 def load(directory, path, skip_bad_rows):
-    """Whether load_pairs gives pairs; anything but pairs or BadData is raised."""
+    """Whether load_pairs gives pairs; anything but pairs or BadInput is raised."""
     try:
-        tokenizer = data.load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
         assert len(tokenizer.digest) == 64
         pairs, counts = data.load_pairs([path], tokenizer, 200, 100, skip_bad_rows)
-    except data.BadData:
+    except BadInput:
         return False
     assert counts.rows == counts.kept + len(counts.dropped) and counts.kept == len(pairs) > 0
     for pair in pairs:
@@ -123,7 +193,7 @@ def mutated_templates(rng, folder, count):
         template = rng.choice([LLAMA3, MISTRAL_V3, PLAIN])
         for _ in range(rng.choice([0, 1, 1, 2, 5])):
             at, width = rng.randrange(len(template) + 1), rng.choice([0, 0, 1, 10])
-            template = template[:at] + rng.choice(TEMPLATE_PARTS) + template[at + width:]
+            template = template[:at] + rng.choice(TEMPLATE_PARTS) + template[at + width :]
         good += load(llama3(folder / "model", template), path, True)
     return good
 
@@ -139,7 +209,7 @@ def main(seconds, seed):
                 if time.monotonic() - start > 120:
                     print(f"{name}: 20 files took {time.monotonic() - start:.0f} s")
     for name, count in rounds.items():
-        print(f"{name}: {count} files, {good[name]} of them gave pairs, the others BadData")
+        print(f"{name}: {count} files, {good[name]} of them gave pairs, the others BadInput")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Each round goes on from the newest checkpoint, saves one after the other, and is killed while it does. What
 stands afterwards must be, bit for bit, the last checkpoint that a save returned for or the one being saved.
 """
+
 import gc
 import os
 import pickle
@@ -21,13 +22,21 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import checkpoint  # noqa: E402
+from runtime import checkpoint  # noqa: E402
+from runtime.failures import RunFailed
 
 
 def tensors_of(seed):
     """Made-up weights of every awkward shape, the same for the same seed."""
-    shapes = {"model.many": (700, 9), "model.odd": (7, 3), "model.row": (1, 5), "model.one": (1,),
-              "exp_avg.none": (0, 4), "exp_avg.many": (700, 9), "exp_avg_sq.number": ()}
+    shapes = {
+        "model.many": (700, 9),
+        "model.odd": (7, 3),
+        "model.row": (1, 5),
+        "model.one": (1,),
+        "exp_avg.none": (0, 4),
+        "exp_avg.many": (700, 9),
+        "exp_avg_sq.number": (),
+    }
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -43,8 +52,8 @@ def fork(body):
         return process
     status = 1
     try:
-        torch.set_num_threads(1)    # a pool of threads does not survive a fork,
-        gc.freeze()                 # and what the parent forgot (a process group) would wait for its threads
+        torch.set_num_threads(1)  # a pool of threads does not survive a fork,
+        gc.freeze()  # and what the parent forgot (a process group) would wait for its threads
         body()
         status = 0
     except BaseException:
@@ -83,8 +92,7 @@ def wait(processes, seconds=60):
 def on_ranks(count, body, directory):
     """[body(rank) for every rank], each in its own process of one gloo group."""
     answers = Path(tempfile.mkdtemp(dir=directory))
-    processes = fork_ranks(count, lambda rank: (answers / str(rank)).write_bytes(pickle.dumps(body(rank))),
-                           directory)
+    processes = fork_ranks(count, lambda rank: (answers / str(rank)).write_bytes(pickle.dumps(body(rank))), directory)
     statuses = wait(processes)
     assert statuses == [0] * count, f"exit statuses of the ranks: {statuses}"
     return [pickle.loads((answers / str(rank)).read_bytes()) for rank in range(count)]
@@ -99,16 +107,16 @@ def save_for_ever(directory, done):
         version += 1
         try:
             checkpoint.save(directory, version // 2, tensors_of(version), {"version": version}, keep=2)
-        except checkpoint.CannotSave:
+        except RunFailed:
             if not dist.is_initialized():
                 raise
-            signal.pause()      # another rank was killed a moment earlier
+            signal.pause()  # another rank was killed a moment earlier
         os.write(done, b"%d\n" % version)
 
 
 def kill_loop(directory, rounds, ranks=1, seed=0):
     """Returns the names of what each kill left standing or lying about, as a list of sets of suffixes."""
-    checkpoint.FILE_BYTES = 30_000 // ranks     # several files a rank
+    checkpoint.FILE_BYTES = 30_000 // ranks  # several files a rank
     draw, last, left = random.Random(seed), 0, []
     for _ in range(rounds):
         reading, writing = os.pipe()
@@ -117,7 +125,7 @@ def kill_loop(directory, rounds, ranks=1, seed=0):
         else:
             processes = fork_ranks(ranks, lambda rank: save_for_ever(directory, writing), directory)
         os.close(writing)
-        told = os.read(reading, 100)            # the first save of this round has returned
+        told = os.read(reading, 100)  # the first save of this round has returned
         time.sleep(draw.uniform(0, 0.1))
         for process in draw.sample(processes, ranks):
             os.kill(process, signal.SIGKILL)
@@ -138,10 +146,12 @@ def kill_loop(directory, rounds, ranks=1, seed=0):
 
 
 if __name__ == "__main__":
-    rounds, ranks = (int(argument) for argument in (sys.argv[1:] + ["50", "1"][len(sys.argv) - 1:]))
+    rounds, ranks = (int(argument) for argument in (sys.argv[1:] + ["50", "1"][len(sys.argv) - 1 :]))
     place = tempfile.mkdtemp()
     found = kill_loop(place, rounds, ranks, seed=time.time_ns())
     shutil.rmtree(place)
-    print(f"{rounds} kills of {ranks} rank(s), each left the old checkpoint or the new one, whole; "
-          f"{sum('.tmp' in names for names in found)} hit a save before its last rename, "
-          f"{sum('.old' in names for names in found)} left a step-N.old")
+    print(
+        f"{rounds} kills of {ranks} rank(s), each left the old checkpoint or the new one, whole; "
+        f"{sum('.tmp' in names for names in found)} hit a save before its last rename, "
+        f"{sum('.old' in names for names in found)} left a step-N.old"
+    )

@@ -21,15 +21,32 @@ import tempfile
 import time
 from multiprocessing import connection
 
+import launcher
 from safetensors.torch import load
-
-import ranks
 from tiny_world import make_checkpoint, make_pairs
 
-SETTINGS = ["--beta", 0.3, "--lr", 2e-3, "--epochs", 2, "--batch-size", 4, "--max-length", 128,
-            "--eval-every", 2, "--save-every", 1, "--samples", 1, "--sample-tokens", 3]
+SETTINGS = [
+    "--beta",
+    0.3,
+    "--lr",
+    2e-3,
+    "--epochs",
+    2,
+    "--batch-size",
+    4,
+    "--max-length",
+    128,
+    "--eval-every",
+    2,
+    "--save-every",
+    1,
+    "--samples",
+    1,
+    "--sample-tokens",
+    3,
+]
 TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
-VOLATILE = {".lock", "run.json", "report.html", "state.json"}       # the time, the process, the ranks' dice
+VOLATILE = {".lock", "run.json", "report.html", "state.json"}  # the time, the process, the ranks' dice
 CLOCK = {"seconds", "pairs_per_second", "tokens_per_second", "peak_memory"}
 
 
@@ -46,7 +63,7 @@ def results(out):
     found = {}
     for path in sorted(pathlib.Path(out).rglob("*")):
         name = str(path.relative_to(out))
-        if path.suffix == ".safetensors":       # the library orders its metadata by chance
+        if path.suffix == ".safetensors":  # the library orders its metadata by chance
             tensors = load(path.read_bytes())
             found[name] = {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}
         elif path.is_file() and path.name not in VOLATILE:
@@ -81,14 +98,14 @@ def run_and_kill(arguments, out, world, log, seconds=None, touch=None):
     """One start with --resume, killed after `seconds` or by die_at. -> whether it was; a run that ends by
     itself must end well."""
     fault = touch and functools.partial(die_at, str(out), touch, f"{log}.touches")
-    processes = ranks.start(world, [*arguments, "--out", out, "--resume"], log, fault)
+    processes = launcher.start(world, [*arguments, "--out", out, "--resume"], log, fault)
     connection.wait([process.sentinel for process in processes], seconds)
     ended = [process.exitcode for process in processes if process.exitcode is not None]
     killed = seconds is not None and not ended or -signal.SIGKILL in ended
     if killed:
         for process in processes:
             process.kill()
-    statuses = ranks.finish(processes)
+    statuses = launcher.finish(processes)
     assert killed or statuses == [0] * world, "".join(open(f"{log}.{rank}").read() for rank in range(world))
     return killed
 
@@ -99,9 +116,9 @@ def kill_loop(directory, kills, world=1, seed=0, plan=None):
     plan: what run_and_kill is given, kill by kill; by default random moments and accesses."""
     directory, draw = pathlib.Path(directory), random.Random(seed)
     arguments, out, log = make_world(directory), directory / "out", directory / "log"
-    ranks.run(1, ["--help"], log)       # waits for the server
+    launcher.run(1, ["--help"], log)  # waits for the server
     began = time.monotonic()
-    statuses, printed = ranks.run(world, [*arguments, "--out", directory / "whole"], log)
+    statuses, printed = launcher.run(world, [*arguments, "--out", directory / "whole"], log)
     assert statuses == [0] * world, printed
     whole, whole_run = results(directory / "whole"), time.monotonic() - began
     completed, done = 0, 0
@@ -126,12 +143,14 @@ def kill_loop(directory, kills, world=1, seed=0, plan=None):
 
 if __name__ == "__main__":
     defaults = ["50", "1", str(time.time_ns())]
-    kills, world, seed = map(int, sys.argv[1:] + defaults[len(sys.argv) - 1:])
+    kills, world, seed = map(int, sys.argv[1:] + defaults[len(sys.argv) - 1 :])
     place = tempfile.mkdtemp()
     completed, touches = kill_loop(place, kills, world, seed)
     shutil.rmtree(place)
     kinds = collections.Counter(re.sub(r"\d+", "N", touch) for touch in touches)
-    print(f"{kills} kills of {world} rank(s), seed {seed}: {completed} runs completed, each bit for bit the run "
-          "never stopped; kills right before:")
+    print(
+        f"{kills} kills of {world} rank(s), seed {seed}: {completed} runs completed, each bit for bit the run "
+        "never stopped; kills right before:"
+    )
     for kind, count in kinds.most_common():
         print(f"  {count:3} {kind}")

@@ -10,10 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
+from files import weights
+from files.errors import BadInput
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 17, "hidden_size": 8,
-          "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-          "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 17,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -23,15 +36,20 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def good(tmp_path):
     net = model.random_model(model.parse_config(CONFIG))
     directory = tmp_path / "m"
-    model.save_model(str(directory), CONFIG, {n: tuple(p.shape) for n, p in net.named_parameters()},
-                     iter(net.named_parameters()), torch.float32)
+    weights.save_model(
+        str(directory),
+        CONFIG,
+        {n: tuple(p.shape) for n, p in net.named_parameters()},
+        iter(net.named_parameters()),
+        torch.float32,
+    )
     model.load_model(directory)
     return directory
 
 
 def refused(directory, words):
     """By the header check, or, for what only the values show, by loading; in one line with these words."""
-    with pytest.raises(model.BadCheckpoint, match=words) as caught:
+    with pytest.raises(BadInput, match=words) as caught:
         model.check(str(directory))
         model.load_model(str(directory))
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
@@ -55,41 +73,54 @@ def shard(directory, names):
     (directory / INDEX).write_text(json.dumps({"weight_map": {t: names.get(t, "a.safetensors") for t in tensors}}))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"architectures": "gone"}, "architecture None is not supported; supported are LlamaForCausalLM and Mistral"),
-    ({"architectures": ["GPT2LMHeadModel"]}, "architecture .'GPT2LMHeadModel'. is not supported"),
-    ({"architectures": "LlamaForCausalLM"}, "is not supported"),
-    ({"hidden_size": "gone"}, "hidden_size is missing"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a positive whole number"),
-    ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
-    ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000, more than any model has"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"num_attention_heads": 3}, "hidden_size 8 is no multiple of num_attention_heads 3"),
-    ({"num_key_value_heads": 3}, "num_attention_heads 2 is no multiple of num_key_value_heads 3"),
-    ({"head_dim": 3}, "head_dim is 3; RoPE turns pairs"),
-    ({"vocab_size": "17"}, "vocab_size is '17'"),
-    ({"vocab_size": 1e30}, "vocab_size is 1e"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported; supported are default"),
-    ({"rope_scaling": {"rope_type": ["x"]}}, "rope type"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
-    ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
-    ({"rope_scaling": "linear"}, "no object"),
-    ({"rope_theta": -1}, "rope_theta is -1"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantised, which is not supported"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"architectures": "gone"}, "architecture None is not supported; supported are LlamaForCausalLM and Mistral"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture .'GPT2LMHeadModel'. is not supported"),
+        ({"architectures": "LlamaForCausalLM"}, "is not supported"),
+        ({"hidden_size": "gone"}, "hidden_size is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a positive whole number"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, more than any model has"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_attention_heads": 3}, "hidden_size 8 is no multiple of num_attention_heads 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 2 is no multiple of num_key_value_heads 3"),
+        ({"head_dim": 3}, "head_dim is 3; RoPE turns pairs"),
+        ({"vocab_size": "17"}, "vocab_size is '17'"),
+        ({"vocab_size": 1e30}, "vocab_size is 1e"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope type 'yarn' is not supported; supported are default",
+        ),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rope type"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": "linear"}, "no object"),
+        ({"rope_theta": -1}, "rope_theta is -1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised, which is not supported"),
+    ],
+)
 def test_configurations(good, changes, words):
     configure(good, **changes)
     refused(good, words)
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "no such file"), (b"", "not JSON"), (b"{", "not JSON"), (b"[1]", "no JSON object"), (b"\xff\xfe{}", "not JSON"),
-    (b"[" * 100_000, "not JSON"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no such file"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[1]", "no JSON object"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
 def test_config_files(good, content, words):
     os.remove(good / "config.json")
     if content is not None:
@@ -100,18 +131,24 @@ def test_config_files(good, content, words):
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:7f5e\nsize 648307032\n"
 
 
-@pytest.mark.parametrize("content, words", [
-    (LFS, "a Git LFS pointer, not the weights; run `git lfs pull`"),
-    (b"<!DOCTYPE html><html>gated</html>", "a page of HTML"),
-    (b"\n <html>", "a page of HTML"),
-    (b"PK\x03\x04 archive of torch.save", "a pickle under a safetensors name"),
-    (b"\x80\x02}q\x00.", "a pickle under a safetensors name"),
-    (b"", "truncated"),
-    (struct.pack("<Q", 101 << 20) + b"{" + b" " * 600, "its header says 105906176 bytes, more than safetensors allows"),
-    (struct.pack("<Q", 5000) + b"{" + b" " * 600, "truncated in its header"),
-    (struct.pack("<Q", 4) + b"{\"a\"", "no safetensors file"),
-    (b"\0" * 4096, "no safetensors file"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (LFS, "a Git LFS pointer, not the weights; run `git lfs pull`"),
+        (b"<!DOCTYPE html><html>gated</html>", "a page of HTML"),
+        (b"\n <html>", "a page of HTML"),
+        (b"PK\x03\x04 archive of torch.save", "a pickle under a safetensors name"),
+        (b"\x80\x02}q\x00.", "a pickle under a safetensors name"),
+        (b"", "truncated"),
+        (
+            struct.pack("<Q", 101 << 20) + b"{" + b" " * 600,
+            "its header says 105906176 bytes, more than safetensors allows",
+        ),
+        (struct.pack("<Q", 5000) + b"{" + b" " * 600, "truncated in its header"),
+        (struct.pack("<Q", 4) + b'{"a"', "no safetensors file"),
+        (b"\0" * 4096, "no safetensors file"),
+    ],
+)
 def test_files_that_are_no_safetensors(good, content, words):
     (good / WEIGHTS).write_bytes(content)
     refused(good, f"{WEIGHTS}: .*{words}")
@@ -146,17 +183,20 @@ def test_fifos_and_devices_are_not_opened(good):
     refused(good, "config.json: no regular file")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop(Q), f"the tensor {Q} is missing"),
-    (lambda t: t.update(extra=torch.zeros(2)), "the tensor extra has no place in the model"),
-    (lambda t: t.update({Q: torch.zeros(8, 9)}), rf"{Q} has shape \[8, 9\], but config.json makes it \[8, 8\]"),
-    (lambda t: t.update({Q: torch.zeros(8)}), rf"{Q} has shape \[8\]"),
-    (lambda t: t.update({Q: torch.zeros(8, 8, dtype=torch.int8)}), f"{Q} is of type I8; supported are BF16"),
-    (lambda t: t.update({Q: torch.zeros(8, 8).to(torch.float8_e4m3fn)}), f"{Q} is of type F8_E4M3"),
-    (lambda t: t[Q].fill_(float("inf")), f"{Q} holds values that are not finite"),
-    (lambda t: t[Q][7].fill_(float("nan")), f"{Q} holds values that are not finite"),
-    (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing, though config.json does not tie the head"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop(Q), f"the tensor {Q} is missing"),
+        (lambda t: t.update(extra=torch.zeros(2)), "the tensor extra has no place in the model"),
+        (lambda t: t.update({Q: torch.zeros(8, 9)}), rf"{Q} has shape \[8, 9\], but config.json makes it \[8, 8\]"),
+        (lambda t: t.update({Q: torch.zeros(8)}), rf"{Q} has shape \[8\]"),
+        (lambda t: t.update({Q: torch.zeros(8, 8, dtype=torch.int8)}), f"{Q} is of type I8; supported are BF16"),
+        (lambda t: t.update({Q: torch.zeros(8, 8).to(torch.float8_e4m3fn)}), f"{Q} is of type F8_E4M3"),
+        (lambda t: t[Q].fill_(float("inf")), f"{Q} holds values that are not finite"),
+        (lambda t: t[Q][7].fill_(float("nan")), f"{Q} holds values that are not finite"),
+        (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing, though config.json does not tie the head"),
+    ],
+)
 def test_tensors(good, change, words):
     retensor(good, change)
     refused(good, words)
@@ -196,4 +236,5 @@ def test_an_index_that_does_not_fit(good):
 def test_mutated_configs_and_headers_give_one_line_or_load(good):
     """A short, seeded form of the fuzzing in tests/fuzz_checkpoints.py."""
     from fuzz_checkpoints import fuzz
+
     assert fuzz(good, seed=0, rounds=150) == 150

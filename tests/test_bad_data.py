@@ -1,4 +1,5 @@
 """Bad files, rows, tokenizers and templates: one clear line each; nothing hangs or grows without bound."""
+
 import gzip
 import json
 import os
@@ -11,21 +12,24 @@ from fuzz_rows import mutated_rows, mutated_templates, mutated_tokenizers
 from tiny_tokenizers import LLAMA3, PLAIN, llama3, row, write_rows
 
 import data
+from files.errors import BadInput
+from files.renderer import Renderer
+from files.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return data.load_tokenizer(llama3(tmp_path_factory.mktemp("model")))
+    return load_tokenizer(llama3(tmp_path_factory.mktemp("model")))
 
 
 def refusal(path, tokenizer, **options):
     """What load_pairs says of a file."""
-    with pytest.raises(data.BadData) as error:
+    with pytest.raises(BadInput) as error:
         data.load_pairs([path], tokenizer, 1000, 900, **options)
     return str(error.value)
 
 
-FILES = {       # name: (content, message behind the path)
+FILES = {  # name: (content, message behind the path)
     "missing.jsonl": (None, "no such file"),
     "empty.jsonl": (b"", "is empty"),
     "blank.jsonl": (b"\n \r\n\n", "has no rows"),
@@ -33,11 +37,13 @@ FILES = {       # name: (content, message behind the path)
     "rows.csv": (b"prompt,chosen\n", "unknown suffix '.csv'; .jsonl, .json and .parquet are read"),
     "packed.jsonl": (gzip.compress(b"{}"), "is compressed with gzip; gunzip it first"),
     "packed.jsonl.gz": (gzip.compress(b"{}"), "is compressed with gzip; gunzip it first"),
-    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-                        "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it"),
+    "pointer.parquet": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it",
+    ),
     "array.json": (b'[{"prompt": "a"},\n {"prompt": }]', "broken JSON: Expecting value at line 2, column 13"),
     "comma.jsonl": (b'[{"prompt": "a"},]', "broken JSON: "),
-    "twice.json": (b'[] []', "broken JSON: Extra data at column 4"),
+    "twice.json": (b"[] []", "broken JSON: Extra data at column 4"),
     "latin.json": (b'[{"prompt": "\xe9"}]', "not UTF-8: at byte 14"),
     "deep.json": (b"[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
 }
@@ -73,44 +79,51 @@ def dialogue(*roles):
 NO_TEXT = "no text: `%s` must be a string or a list of text parts, and is "
 KNOWN = "; known are system, user, human, assistant, gpt"
 NO_RESPONSE = "no response: `chosen` must end with a message of the assistant"
-ROWS = {        # why: (row, message behind file and row)
+ROWS = {  # why: (row, message behind file and row)
     "broken": ('{"prompt": "a" "b"', "broken JSON: Expecting ',' delimiter at column 16"),
     "two on a line": ("{} {}", "broken JSON: Extra data at column 4"),
     "not UTF-8": (b'{"prompt": "\xff"}', "not UTF-8: at byte 13"),
     "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8: at byte 1"),
     "lone surrogate": (json.dumps(row("a\ud800")), "lone surrogate: '\\ud800' in `prompt` is no character"),
-    "surrogate in a list": (row(chosen=[message(), message("assistant", "\udfff")]),
-                            "lone surrogate: '\\udfff' in `chosen[2]` is no character"),
+    "surrogate in a list": (
+        row(chosen=[message(), message("assistant", "\udfff")]),
+        "lone surrogate: '\\udfff' in `chosen[2]` is no character",
+    ),
     "NaN": ('{"prompt": "a", "score": NaN}', "NaN: is no JSON value; write null"),
     "infinity": ('{"prompt": "a", "scores": [-Infinity]}', "-Infinity: is no JSON value; write null"),
-    "duplicate": ('{"prompt": "a", "chosen": "b", "prompt": "c"}',
-                  "duplicate key: 'prompt' stands twice in one object"),
-    "duplicate inside": ('{"prompt": [{"role": "user", "role": "user"}]}',
-                         "duplicate key: 'role' stands twice in one object"),
+    "duplicate": (
+        '{"prompt": "a", "chosen": "b", "prompt": "c"}',
+        "duplicate key: 'prompt' stands twice in one object",
+    ),
+    "duplicate inside": (
+        '{"prompt": [{"role": "user", "role": "user"}]}',
+        "duplicate key: 'role' stands twice in one object",
+    ),
     "long integer": ('{"prompt": ' + "1" * 5000 + "}", "broken JSON: Exceeds the limit (4300"),
     "deep": ("[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
     "deep object": ('{"a":' * 100_000, "broken JSON: maximum recursion depth exceeded"),
     "number": ("17", "no object: the row is a int"),
     "list": ('[{"prompt": "a"}]', "no object: the row is a list"),
     "null": ("null", "no object: the row is a NoneType"),
-    "no prompt": ({"chosen": "a", "rejected": "b"},
-                  "missing field: prompt, instruction, conversations, or the prompt's messages in `chosen`"),
+    "no prompt": (
+        {"chosen": "a", "rejected": "b"},
+        "missing field: prompt, instruction, conversations, or the prompt's messages in `chosen`",
+    ),
     "no chosen": ({"prompt": "a", "rejected": "b"}, "missing field: `chosen`"),
     "null rejected": (row(rejected=None), "missing field: `rejected`"),
-    "v1 without rejected": ({"chosen_messages": dialogue("user", "assistant")},
-                            "missing field: `rejected_messages`"),
+    "v1 without rejected": ({"chosen_messages": dialogue("user", "assistant")}, "missing field: `rejected_messages`"),
     "number chosen": (row(chosen=3), "wrong type: `chosen` must be text or messages, and is a int"),
     "number prompt": (row(3), NO_TEXT % "prompt" + "a int"),
     "object prompt": (row({"role": "user"}), NO_TEXT % "prompt" + "a dict"),
     "number input": (row(input=3), NO_TEXT % "input" + "a int"),
     "number system": (row(system=3), NO_TEXT % "system" + "a int"),
-    "two prompts": (row(instruction="other"),
-                    "two prompts: prompt and instruction say different things; leave one"),
+    "two prompts": (row(instruction="other"), "two prompts: prompt and instruction say different things; leave one"),
     "no content": (row([{"role": "user"}]), NO_TEXT % "prompt[1]" + "missing"),
-    "image part": (row([message(content=[{"type": "image", "text": "a"}])]),
-                   NO_TEXT % "prompt[1]" + "a list"),
-    "text and image": (row([message(content=[{"type": "text", "text": "a"}, {"type": "image"}])]),
-                       NO_TEXT % "prompt[1]" + "a list"),
+    "image part": (row([message(content=[{"type": "image", "text": "a"}])]), NO_TEXT % "prompt[1]" + "a list"),
+    "text and image": (
+        row([message(content=[{"type": "text", "text": "a"}, {"type": "image"}])]),
+        NO_TEXT % "prompt[1]" + "a list",
+    ),
     "no parts": (row([message(content=[])]), NO_TEXT % "prompt[1]" + "a list"),
     "message is text": (row(["Hi"]), "no message: `prompt[1]` must be an object with role and content"),
     "unknown role": (row([message("tool\x1b[31m")]), "unknown role: 'tool [31m' in `prompt[1]`" + KNOWN),
@@ -119,17 +132,24 @@ ROWS = {        # why: (row, message behind file and row)
     "no final assistant turn": (row(chosen=dialogue("user")), NO_RESPONSE),
     "response by the user": (row([message()], [message()], "b"), NO_RESPONSE),
     "empty lists": (row([], []), NO_RESPONSE),
-    "two users": (row(dialogue("user", "user")),
-                  "roles out of order: user, user, assistant in `chosen`; after a system message, if any, user "
-                  "and assistant speak in turn"),
-    "late system": (row(dialogue("user", "assistant", "system", "user")),
-                    "roles out of order: user, assistant, system, user, assistant in `chosen`; "),
+    "two users": (
+        row(dialogue("user", "user")),
+        "roles out of order: user, user, assistant in `chosen`; after a system message, if any, user "
+        "and assistant speak in turn",
+    ),
+    "late system": (
+        row(dialogue("user", "assistant", "system", "user")),
+        "roles out of order: user, assistant, system, user, assistant in `chosen`; ",
+    ),
     "no user": (row([]), "roles out of order: assistant in `chosen`"),
-    "prompts differ": ({"chosen": dialogue("user", "assistant"),
-                        "rejected": [message(), message("assistant")]},
-                       "different prompts: chosen and rejected must answer the same messages"),
-    "another prompt": (row([message(content="Ho")], [message(), message("assistant")], "b"),
-                       "different prompts: `chosen` does not begin with the messages of the prompt"),
+    "prompts differ": (
+        {"chosen": dialogue("user", "assistant"), "rejected": [message(), message("assistant")]},
+        "different prompts: chosen and rejected must answer the same messages",
+    ),
+    "another prompt": (
+        row([message(content="Ho")], [message(), message("assistant")], "b"),
+        "different prompts: `chosen` does not begin with the messages of the prompt",
+    ),
 }
 
 
@@ -152,8 +172,8 @@ def test_rows_that_cannot_be_read(why, reasons):
 def test_one_bad_row_is_one_line(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", row(), "", "{} {}")
     assert refusal(path, tokenizer) == (
-        f"{path}:3: broken JSON: Extra data at column 4; mend the row, or drop such rows with "
-        "--skip-bad-rows")
+        f"{path}:3: broken JSON: Extra data at column 4; mend the row, or drop such rows with --skip-bad-rows"
+    )
 
 
 def test_the_first_ten_bad_rows_are_listed(tmp_path, tokenizer):
@@ -171,21 +191,32 @@ def test_bad_rows_are_skipped_by_kind(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.json", [row(), row(chosen=None), 7])
     _, counts = data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=True)
     assert [(drop["row"], drop["reason"]) for drop in counts.dropped] == [
-        (2, "missing field: `chosen`"), (3, "no object: the row is a int")]
+        (2, "missing field: `chosen`"),
+        (3, "no object: the row is a int"),
+    ]
 
 
 def test_bad_elements_of_an_array_are_named_by_row(tmp_path, tokenizer):
     (tmp_path / "a.json").write_text('[%s,\n{"a": NaN},\n{"b": 1, "b": 1}, NaN]' % json.dumps(row()))
     _, counts = data.load_pairs([tmp_path / "a.json"], tokenizer, 1000, 900, skip_bad_rows=True)
     assert [(drop["row"], drop["reason"].split(":")[0]) for drop in counts.dropped] == [
-        (2, "NaN"), (3, "duplicate key"), (4, "NaN")]
+        (2, "NaN"),
+        (3, "duplicate key"),
+        (4, "NaN"),
+    ]
 
 
 def test_ten_megabytes_in_one_row(tmp_path, tokenizer):
     """Long texts are never tokenised whole: of blanks, the tokenizers library itself would panic."""
     blanks = " " * 10_000_000
-    path = write_rows(tmp_path / "a.jsonl", row(), row("x" * 10_000_000), row(blanks + "x", "a", "b"),
-                      row(chosen="word " * 2_000_000), row(rejected="." + blanks + "."))
+    path = write_rows(
+        tmp_path / "a.jsonl",
+        row(),
+        row("x" * 10_000_000),
+        row(blanks + "x", "a", "b"),
+        row(chosen="word " * 2_000_000),
+        row(rejected="." + blanks + "."),
+    )
     began = time.process_time()
     pairs, counts = data.load_pairs([path], tokenizer, 1000, 900)
     room = 1000 - len(pairs[0].prompt)
@@ -197,8 +228,8 @@ def test_ten_megabytes_in_one_row(tmp_path, tokenizer):
 
 
 def tokenizer_refusal(directory, **options):
-    with pytest.raises(data.BadData) as error:
-        data.load_tokenizer(directory, **options).prompt_ids([message()])
+    with pytest.raises(BadInput) as error:
+        load_tokenizer(directory, **options).prompt_ids([message()])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -223,37 +254,44 @@ def test_tokenizers_that_cannot_be_read(tmp_path):
     assert tokenizer_refusal(tmp_path).endswith("/tokenizer.json: has no pieces, or ids beyond 16 million")
 
 
-@pytest.mark.parametrize("config, expected", [
-    ("{", "broken JSON: Expecting property name"),
-    ("[]", "must be a JSON object"),
-    ("[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
-    ('{"bos_token": 3}', "its named tokens and chat template must be text"),
-    ('{"bos_token": {"content": ["a"]}}', "its named tokens and chat template must be text"),
-    ('{"eos_token": "\\ud800"}', "its named tokens and chat template must be text"),
-    ('{"chat_template": 3}', "its named tokens and chat template must be text"),
-    ('{"chat_template": "\\udc00"}', "its named tokens and chat template must be text"),
-    ('{"chat_template": [{"name": "rag", "template": "a"}, 3]}', "none of its chat templates is named"),
-])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ("{", "broken JSON: Expecting property name"),
+        ("[]", "must be a JSON object"),
+        ("[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
+        ('{"bos_token": 3}', "its named tokens and chat template must be text"),
+        ('{"bos_token": {"content": ["a"]}}', "its named tokens and chat template must be text"),
+        ('{"eos_token": "\\ud800"}', "its named tokens and chat template must be text"),
+        ('{"chat_template": 3}', "its named tokens and chat template must be text"),
+        ('{"chat_template": "\\udc00"}', "its named tokens and chat template must be text"),
+        ('{"chat_template": [{"name": "rag", "template": "a"}, 3]}', "none of its chat templates is named"),
+    ],
+)
 def test_tokenizer_configs_that_cannot_be_used(config, expected, tmp_path):
     (llama3(tmp_path) / "tokenizer_config.json").write_text(config)
     assert tokenizer_refusal(tmp_path).startswith(f"{tmp_path}/tokenizer_config.json: {expected}")
 
 
 REACHES, TOO_MUCH = "reaches for what a template may not: ", "writes too much text or needs more than 1 GiB"
-TEMPLATES = {       # why: (template, message behind its file's name)
+TEMPLATES = {  # why: (template, message behind its file's name)
     "syntax": ("{% for %}", "line 1: Expected an expression, got 'end of statement block'"),
     "unknown tag": ("\n{% import_os %}", "line 2: Encountered unknown tag 'import_os'."),
     "attribute": ("{{ ''.__class__.__mro__ }}", REACHES + "access to attribute '__class__'"),
     "builtins": ("{{ raise_exception.__globals__['sys'] }}", REACHES + "access to attribute"),
     "namespace": ("{% set ns = namespace(__init__=1) %}", REACHES + "namespace attribute"),
     "changes the messages": ("{{ messages.append(1) }}", REACHES),
-    "endless loop": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-                     "takes too long for one row"),
+    "endless loop": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "takes too long for one row",
+    ),
     "endless arithmetic": ("{{ 9 ** (9 ** 9) % 7 }}", "takes too long for one row"),
     "300 MB": ("{{ messages[0].content * 30000000 }}0123456789", TOO_MUCH),
     "30 MB in a loop": ("{% for i in range(3000) %}{{ 'x' * 10000 }}{% endfor %}", TOO_MUCH),
-    "doubling": ("{% set ns = namespace(x='ab') %}{% for i in range(99) %}"
-                 "{% set ns.x = ns.x + ns.x %}{% endfor %}", TOO_MUCH),
+    "doubling": (
+        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        TOO_MUCH,
+    ),
 }
 
 
@@ -263,34 +301,48 @@ def test_templates_that_must_not_run(why, tmp_path):
     directory = llama3(tmp_path / "model", template)
     path = write_rows(tmp_path / "a.jsonl", row("0123456789"))
     began = time.monotonic()
-    said = refusal(path, data.load_tokenizer(directory), skip_bad_rows=True)
-    assert time.monotonic() - began < 60      # 3 s of processor time, on a machine that may have other work
+    said = refusal(path, load_tokenizer(directory), skip_bad_rows=True)
+    assert time.monotonic() - began < 60  # 3 s of processor time, on a machine that may have other work
     name = f"{directory}/tokenizer_config.json"
     assert said.startswith(f"{name}: the chat template cannot be used: {expected}"), said
     assert said.endswith("; --chat-template gives another") and "\n" not in said
 
 
-REFUSALS = {        # why: (template, the bad row's message)
+REFUSALS = {  # why: (template, the bad row's message)
     "raises": ("{{ raise_exception('Only one\n turn') }}", "refused by the chat template: Only one turn"),
-    "undefined": ("{{ messages[7].content }}", "refused by the chat template: 'list object' has no element 7|"
-                  "refused by the chat template: list object has no element 7"),
+    "undefined": (
+        "{{ messages[7].content }}",
+        "refused by the chat template: 'list object' has no element 7|"
+        "refused by the chat template: list object has no element 7",
+    ),
     "type error": ("{{ messages + 1 }}", "refused by the chat template: TypeError: "),
-    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-                  "refused by the chat template: RecursionError: "),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refused by the chat template: RecursionError: "),
     "surrogate": ("{{ '\\ud800' }}", "refused by the chat template: UnicodeEncodeError: "),
-    "drops the response": (PLAIN.replace("message.content", "(message.content if loop.index == 1 else '')"),
-                           "chat template drops or changes the response: it is not what follows the prompt"),
+    "drops the response": (
+        PLAIN.replace("message.content", "(message.content if loop.index == 1 else '')"),
+        "chat template drops or changes the response: it is not what follows the prompt",
+    ),
     "drops the turn": ("{{ messages[0].content }}", "chat template drops or changes the response: "),
-    "changes the response": (PLAIN.replace("message.content", "message.content | upper"),
-                             "chat template drops or changes the response: "),
-    "changes the prompt": ("{{ messages | length }}" + PLAIN,
-                           "chat template changes the prompt: with a response, the conversation "),
-    "has no generation prompt": ("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
-                                 "chat template writes no generation prompt: 'assistant:' stands before"),
-    "has no assistant header": (LLAMA3.replace("add_generation_prompt", "false"),
-                                "chat template writes no generation prompt: '<|start_header_id|>assistant"),
-    "ends in text": (PLAIN.replace("'\n'", "'</end>'"),
-                     "chat template ends the turn with text: '</end>' is no control"),
+    "changes the response": (
+        PLAIN.replace("message.content", "message.content | upper"),
+        "chat template drops or changes the response: ",
+    ),
+    "changes the prompt": (
+        "{{ messages | length }}" + PLAIN,
+        "chat template changes the prompt: with a response, the conversation ",
+    ),
+    "has no generation prompt": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
+        "chat template writes no generation prompt: 'assistant:' stands before",
+    ),
+    "has no assistant header": (
+        LLAMA3.replace("add_generation_prompt", "false"),
+        "chat template writes no generation prompt: '<|start_header_id|>assistant",
+    ),
+    "ends in text": (
+        PLAIN.replace("'\n'", "'</end>'"),
+        "chat template ends the turn with text: '</end>' is no control",
+    ),
     "writes nothing": ("", "chat template changes the prompt: "),
 }
 
@@ -300,23 +352,23 @@ def test_templates_that_do_not_suit_a_row(why, tmp_path):
     template, expected = REFUSALS[why]
     directory = llama3(tmp_path / "model", template)
     path = write_rows(tmp_path / "a.jsonl", row())
-    said = refusal(path, data.load_tokenizer(directory))
+    said = refusal(path, load_tokenizer(directory))
     assert any(said.startswith(f"{path}:1: {part}") for part in expected.split("|")), said
     assert f"({directory}/tokenizer_config.json)" in said and "\n" not in said
 
 
 def test_a_template_without_end_token_needs_eos(tmp_path):
     directory = llama3(tmp_path / "model", PLAIN, eos_token=None)
-    said = refusal(write_rows(tmp_path / "a.jsonl", row()), data.load_tokenizer(directory))
+    said = refusal(write_rows(tmp_path / "a.jsonl", row()), load_tokenizer(directory))
     assert "a.jsonl:1: chat template ends no turn: no control token stands behind the response" in said
 
 
 def test_no_renderer_outlives_its_work(tmp_path, tokenizer):
-    with data.Renderer(tokenizer) as renderer:
+    with Renderer(tokenizer) as renderer:
         assert renderer.render([message()])
     assert renderer.process.returncode is not None
-    refused = data.Renderer(data.load_tokenizer(llama3(tmp_path, "{% for %}")))
-    with pytest.raises(data.BadData):
+    refused = Renderer(load_tokenizer(llama3(tmp_path, "{% for %}")))
+    with pytest.raises(BadInput):
         refused.__enter__()
     assert refused.process.returncode is not None
 

@@ -1,4 +1,5 @@
 """The guidance cache: what matches is used, what is cut short, foreign or not finite never is."""
+
 import errno
 import os
 import resource
@@ -9,7 +10,7 @@ import torch
 from kill_loop import fork, wait
 from safetensors.torch import save_file
 
-from harness import cache
+from runtime import cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 LOGP = -torch.rand(1000, generator=torch.Generator().manual_seed(0))
@@ -35,8 +36,9 @@ def test_what_was_written_is_read(tmp_path):
     assert {file.name for file in path.iterdir()} == {f"guide-{KEY}.safetensors", f"ref-{KEY}.safetensors"}
 
 
-@pytest.mark.parametrize("other", [{"weights": "ab13"}, {"data": "77f1"}, {"tokens": [1024, 1800]},
-                                   {"dtype": "float32"}, {"more": 1}])
+@pytest.mark.parametrize(
+    "other", [{"weights": "ab13"}, {"data": "77f1"}, {"tokens": [1024, 1800]}, {"dtype": "float32"}, {"more": 1}]
+)
 def test_another_model_data_truncation_or_dtype_has_another_key(tmp_path, other):
     assert cache.key(PARTS | other) != KEY == cache.key(dict(reversed(PARTS.items())))
     cache.write(tmp_path, "ref", KEY, LOGP)
@@ -87,7 +89,7 @@ def test_a_flipped_byte_is_not_used(tmp_path):
     path = tmp_path / f"ref-{KEY}.safetensors"
     whole = path.read_bytes()
     for position in (20, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:])
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         assert reason(tmp_path)
 
 
@@ -95,6 +97,7 @@ def test_a_flipped_byte_is_not_used(tmp_path):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_while_it_is_written(tmp_path, call, when):
     """The name is there with all of it, or not at all; a cache that stood before stands."""
+
     def body():
         module, name = (os, "replace") if call == "os.replace" else (cache, call)
         work = getattr(module, name)
@@ -140,8 +143,12 @@ def test_a_models_digest_is_of_weights_names_and_config(tmp_path):
         here.mkdir(exist_ok=True)
         for file in here.iterdir():
             file.unlink()
-        files = {"config.json": b"{}", "model-1.safetensors": b"one", "model-2.safetensors": b"two",
-                 "README.md": b"read"}
+        files = {
+            "config.json": b"{}",
+            "model-1.safetensors": b"one",
+            "model-2.safetensors": b"two",
+            "README.md": b"read",
+        }
         for name, content in (files | changes).items():
             if content is not None:
                 (here / name).write_bytes(content)
@@ -149,8 +156,12 @@ def test_a_models_digest_is_of_weights_names_and_config(tmp_path):
 
     first = digest({})
     assert first == digest({}, "elsewhere") == digest({"README.md": b"other", "tokenizer.json": b"{}"})
-    changed = [digest({"config.json": b"{ }"}), digest({"model-1.safetensors": b"One"}),
-               digest({"model-2.safetensors": None}), digest({"model-3.safetensors": b""}),
-               digest({"model-1.safetensors": b"two", "model-2.safetensors": b"one"}),
-               digest({"model-1.safetensors": None, "model-0.safetensors": b"one"})]
+    changed = [
+        digest({"config.json": b"{ }"}),
+        digest({"model-1.safetensors": b"One"}),
+        digest({"model-2.safetensors": None}),
+        digest({"model-3.safetensors": b""}),
+        digest({"model-1.safetensors": b"two", "model-2.safetensors": b"one"}),
+        digest({"model-1.safetensors": None, "model-0.safetensors": b"one"}),
+    ]
     assert len({first, *changed}) == 7

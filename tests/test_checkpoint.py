@@ -1,4 +1,5 @@
 """Checkpoints: exact for any number of ranks, whole or not at all, refused by name when anything is amiss."""
+
 import errno
 import json
 import os
@@ -19,10 +20,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from harness import checkpoint
+from files.errors import BadInput
+from runtime import checkpoint
+from runtime.failures import RunFailed
 
-pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-              pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +45,7 @@ def names(directory):
 
 
 def full(tensors):
-    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            for name, tensor in tensors.items()}
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
 def flip(path, position):
@@ -52,6 +56,7 @@ def flip(path, position):
 
 # One process, there and back.
 
+
 def test_comes_back_bit_for_bit_with_its_state(tmp_path):
     saved = tensors_of(1) | {"half": torch.randn(4, 3).bfloat16(), "count": torch.tensor(7)}
     saved["odd"] = torch.tensor([float("nan"), -0.0, 1e-45, float("inf")])
@@ -61,8 +66,11 @@ def test_comes_back_bit_for_bit_with_its_state(tmp_path):
     loaded = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
     state = checkpoint.load(path, loaded)
     for name, tensor in saved.items():
-        assert loaded[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes() \
-            if tensor.dtype != torch.bfloat16 else torch.equal(loaded[name], tensor)
+        assert (
+            loaded[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes()
+            if tensor.dtype != torch.bfloat16
+            else torch.equal(loaded[name], tensor)
+        )
     assert state["schedule"] == {"step": 12} and state["position"] == [0, 3.5e-7]
     assert (state["step"], state["world_size"], state["threads"]) == (12, 1, torch.get_num_threads())
 
@@ -101,6 +109,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 
 # Ranks.
 
+
 class Net(nn.Module):
     """Fewer rows than ranks, rows that do not divide, blocks within a root."""
 
@@ -113,8 +122,9 @@ class Net(nn.Module):
 def states_of(net):
     """What train.py saves: the parameters, and moments made of them."""
     parameters = dict(net.named_parameters())
-    return ({f"model.{name}": tensor for name, tensor in parameters.items()}
-            | {f"exp_avg.{name}": tensor.detach() * 2 for name, tensor in parameters.items()})
+    return {f"model.{name}": tensor for name, tensor in parameters.items()} | {
+        f"exp_avg.{name}": tensor.detach() * 2 for name, tensor in parameters.items()
+    }
 
 
 def sharded(net, mesh):
@@ -135,8 +145,10 @@ def test_two_ranks_then_one_then_four_are_exact(tmp_path):
         mesh = init_device_mesh("cpu", (2,))
         torch.manual_seed(100 + rank)
         generators = checkpoint.random_state()
-        local = {name: distribute_tensor(tensor, mesh, [Shard(0)]) if tensor.dim() else tensor
-                 for name, tensor in tensors_of(1).items()}
+        local = {
+            name: distribute_tensor(tensor, mesh, [Shard(0)]) if tensor.dim() else tensor
+            for name, tensor in tensors_of(1).items()
+        }
         net = sharded(net_of(1), mesh)
         torch.manual_seed(100 + rank)
         checkpoint.save(directory, 1, local | net, {}, keep=9)
@@ -147,10 +159,15 @@ def test_two_ranks_then_one_then_four_are_exact(tmp_path):
         flat = init_device_mesh("cpu", (4,))
         replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
         seen = []
-        for step, mesh, placements in ((2, flat, [Shard(0)]), (2, replicas, [Replicate(), Shard(0)]),
-                                       (3, flat, [Shard(0)])):
-            local = {name: distribute_tensor(tensor, mesh, placements) if tensor.dim() else tensor
-                     for name, tensor in tensors_of(0).items()}
+        for step, mesh, placements in (
+            (2, flat, [Shard(0)]),
+            (2, replicas, [Replicate(), Shard(0)]),
+            (3, flat, [Shard(0)]),
+        ):
+            local = {
+                name: distribute_tensor(tensor, mesh, placements) if tensor.dim() else tensor
+                for name, tensor in tensors_of(0).items()
+            }
             net = sharded(net_of(0), mesh)
             state = checkpoint.load(directory / f"step-{step}", local | net)
             seen.append((full(local), {name: tensor.detach() for name, tensor in full(net).items()}))
@@ -179,8 +196,10 @@ def test_a_failure_on_one_rank_reaches_all_and_the_earlier_checkpoint_stands(tmp
 
     def body(rank):
         mesh = init_device_mesh("cpu", (2,))
-        tensors = {name: distribute_tensor(tensor, mesh, [Shard(0)]) if tensor.dim() else tensor
-                   for name, tensor in tensors_of(1).items()}
+        tensors = {
+            name: distribute_tensor(tensor, mesh, [Shard(0)]) if tensor.dim() else tensor
+            for name, tensor in tensors_of(1).items()
+        }
         checkpoint.save(directory, 1, tensors, {}, keep=1)
         lines = []
         # in turn: as its shards are written, as they are digested, as the tmp is renamed
@@ -190,14 +209,14 @@ def test_a_failure_on_one_rank_reaches_all_and_the_earlier_checkpoint_stands(tmp
                 setattr(module, name, full_disk)
             try:
                 checkpoint.save(directory, 2, tensors, {}, keep=1)
-            except checkpoint.CannotSave as failure:
+            except RunFailed as failure:
                 lines.append(str(failure))
             setattr(module, name, kept)
         if rank == 1:
             tensors["model.more"] = torch.zeros(3)
         try:
             checkpoint.load(directory / "step-1", tensors)
-        except checkpoint.BadCheckpointState as failure:
+        except BadInput as failure:
             lines.append(str(failure))
         return lines
 
@@ -212,6 +231,7 @@ def test_a_failure_on_one_rank_reaches_all_and_the_earlier_checkpoint_stands(tmp
 
 
 # Written whole or not at all.
+
 
 def killed_at(point, work):
     """Run work() in a child that dies at the point-th of its calls that change the disk; the calls it made.
@@ -233,6 +253,7 @@ def killed_at(point, work):
                         os.kill(os.getpid(), signal.SIGKILL)
                     count += 1
                 return result
+
             return at
 
         for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):
@@ -262,7 +283,7 @@ def test_killed_at_every_point_of_a_save(tmp_path, step):
         checkpoint.load(path, tensors)
         assert same(tensors, tensors_of(2)) or same(tensors, tensors_of(7)), f"a mix at point {point}"
         found.append(same(tensors, tensors_of(7)))
-        if point % 3 == 0:      # whatever was left, the next save stands and leaves nothing else
+        if point % 3 == 0:  # whatever was left, the next save stands and leaves nothing else
             save(directory, 4, keep=1)
             assert names(directory) == ["step-4"]
     assert found == sorted(found) and found.count(False) > 12 and found.count(True) > 12
@@ -272,7 +293,7 @@ def test_killed_within_a_file(tmp_path):
     save(tmp_path, 1)
 
     def body():
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)       # then the kernel kills at the first byte beyond
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # then the kernel kills at the first byte beyond
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         save(tmp_path, 2)
 
@@ -292,15 +313,22 @@ def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     save(tmp_path, 2, seed=8)
     events = []
     fsync, rename, unlink = os.fsync, os.rename, os.unlink
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (
-        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)), fsync(descriptor)))
-    monkeypatch.setattr(os, "rename", lambda *paths: (
-        events.append(("rename", *(Path(path).name for path in paths))), rename(*paths)))
-    monkeypatch.setattr(os, "unlink", lambda *path, **at: (
-        events.append(("unlink", Path(path[0]).name)), unlink(*path, **at)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: (
+            events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)),
+            fsync(descriptor),
+        ),
+    )
+    monkeypatch.setattr(
+        os, "rename", lambda *paths: (events.append(("rename", *(Path(path).name for path in paths))), rename(*paths))
+    )
+    monkeypatch.setattr(
+        os, "unlink", lambda *path, **at: (events.append(("unlink", Path(path[0]).name)), unlink(*path, **at))
+    )
     path = save(tmp_path, 2, keep=1)
-    aside, stands = events.index(("rename", "step-2", "step-2.old")), events.index(
-        ("rename", "step-2.tmp", "step-2"))
+    aside, stands = events.index(("rename", "step-2", "step-2.old")), events.index(("rename", "step-2.tmp", "step-2"))
     on_disk = {name for event, name in events[:aside] if event == "fsync"}
     assert on_disk >= {file.name for file in path.iterdir()} | {"step-2.tmp"}
     assert stands == aside + 1 and events[stands + 1] == ("fsync", tmp_path.name)
@@ -312,7 +340,7 @@ def test_the_last_few_are_kept(tmp_path):
     for step in (1, 2, 9, 10, 11):
         save(tmp_path, step, keep=3)
     assert names(tmp_path) == ["step-10", "step-11", "step-9"]
-    (tmp_path / "step-11/state.json").unlink()          # not whole: it does not count
+    (tmp_path / "step-11/state.json").unlink()  # not whole: it does not count
     (tmp_path / "step-12.tmp").mkdir()
     save(tmp_path, 13, keep=2)
     assert names(tmp_path) == ["step-10", "step-13"]
@@ -339,7 +367,7 @@ def test_newest_passes_over_what_is_not_whole(tmp_path):
     assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-1"
     assert [line.split(" is not whole")[0][-6:] for line in said] == ["step-4", "step-3", "step-2"]
     assert cut.name in said[1] and all("\n" not in line for line in said)
-    with pytest.raises(checkpoint.BadCheckpointState, match="shard-00009"):
+    with pytest.raises(BadInput, match="shard-00009"):
         checkpoint.load(tmp_path / "step-2", tensors_of(0))
 
 
@@ -359,7 +387,7 @@ def test_the_old_one_is_used_where_a_kill_fell_between_the_renames(tmp_path, mon
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "rename", stop)
-        with pytest.raises(checkpoint.CannotSave, match="step-3 is not saved.*Input/output error"):
+        with pytest.raises(RunFailed, match="step-3 is not saved.*Input/output error"):
             save(tmp_path, 3, seed=7, keep=1)
     assert checkpoint.load(checkpoint.newest(tmp_path), tensors)["step"] == 3 and same(tensors, tensors_of(3))
     save(tmp_path, 3, seed=7, keep=1)
@@ -368,6 +396,7 @@ def test_the_old_one_is_used_where_a_kill_fell_between_the_renames(tmp_path, mon
 
 # Refused, by name.
 
+
 @pytest.mark.parametrize("kind", ["*.safetensors", "state.json"])
 def test_a_flipped_byte_is_refused_by_its_digest(tmp_path, kind):
     path = save(tmp_path, 1)
@@ -375,7 +404,7 @@ def test_a_flipped_byte_is_refused_by_its_digest(tmp_path, kind):
         size = file.stat().st_size
         for position in {0, 8, size - 1, *random.Random(0).sample(range(size), 25)}:
             flip(file, position)
-            with pytest.raises(checkpoint.BadCheckpointState, match=f"{file.name} is damaged"):
+            with pytest.raises(BadInput, match=f"{file.name} is damaged"):
                 checkpoint.load(path, tensors_of(0))
             flip(file, position)
     checkpoint.load(path, tensors_of(0))
@@ -384,10 +413,19 @@ def test_a_flipped_byte_is_refused_by_its_digest(tmp_path, kind):
 def test_a_state_json_of_another_making_is_refused(tmp_path):
     path = save(tmp_path, 1) / "state.json"
     written = path.read_bytes()
-    for other in (b"", b"[]", b"{}", b"null", b"\xff", written[:-1], written + b" ", b"[" * 100_000,
-                  json.dumps(json.loads(written) | {"sha256": "0" * 64}).encode()):
+    for other in (
+        b"",
+        b"[]",
+        b"{}",
+        b"null",
+        b"\xff",
+        written[:-1],
+        written + b" ",
+        b"[" * 100_000,
+        json.dumps(json.loads(written) | {"sha256": "0" * 64}).encode(),
+    ):
         path.write_bytes(other)
-        with pytest.raises(checkpoint.BadCheckpointState, match="state.json is damaged"):
+        with pytest.raises(BadInput, match="state.json is damaged"):
             checkpoint.load(path.parent, tensors_of(0))
         assert checkpoint.newest(tmp_path) is None
 
@@ -410,14 +448,17 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
     assert issubclass(checkpoint.CheckpointMismatch, ValueError)
 
 
-@pytest.mark.parametrize("wanted, line", [
-    ({"model.extra": torch.zeros(2)}, "step-1 does not hold the tensor model.extra"),
-    ({"model.odd": torch.zeros(8, 3)}, "step-1 holds model.odd as float32 [7, 3], not float32 [8, 3]"),
-    ({"model.odd": torch.zeros(7, 3).half()}, "step-1 holds model.odd as float32 [7, 3], not float16 [7, 3]"),
-])
+@pytest.mark.parametrize(
+    "wanted, line",
+    [
+        ({"model.extra": torch.zeros(2)}, "step-1 does not hold the tensor model.extra"),
+        ({"model.odd": torch.zeros(8, 3)}, "step-1 holds model.odd as float32 [7, 3], not float32 [8, 3]"),
+        ({"model.odd": torch.zeros(7, 3).half()}, "step-1 holds model.odd as float32 [7, 3], not float16 [7, 3]"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, wanted, line):
     path = save(tmp_path, 1)
-    with pytest.raises(checkpoint.BadCheckpointState) as refusal:
+    with pytest.raises(BadInput) as refusal:
         checkpoint.load(path, tensors_of(0) | wanted)
     assert str(refusal.value).endswith(line)
 
@@ -430,11 +471,12 @@ def test_a_part_of_the_tensors_may_be_asked_for(tmp_path):
 
 # The disk is full.
 
+
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200_000))
-    with pytest.raises(checkpoint.CannotSave) as refusal:
+    with pytest.raises(RunFailed) as refusal:
         save(tmp_path, 2)
     line = str(refusal.value)
     assert "the disk is full" in line and "free space" in line and str(tmp_path) in line and "\n" not in line
@@ -447,8 +489,8 @@ def test_a_file_that_cannot_grow_is_one_line(tmp_path):
     save(tmp_path, 1)
 
     def body():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))    # Python ignores the signal: EFBIG
-        with pytest.raises(checkpoint.CannotSave, match="step-2 is not saved.*File too large"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # Python ignores the signal: EFBIG
+        with pytest.raises(RunFailed, match="step-2 is not saved.*File too large"):
             save(tmp_path, 2)
 
     assert wait([fork(body)]) == [0]
@@ -456,20 +498,21 @@ def test_a_file_that_cannot_grow_is_one_line(tmp_path):
 
 
 def test_a_small_disk_foreseen_and_not(tmp_path, monkeypatch):
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", tmp_path],
-                           capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", tmp_path], capture_output=True, text=True
+    )
     if mount.returncode:
         pytest.skip(f"cannot mount a tmpfs: {mount.stderr.strip()}")
     try:
         save(tmp_path, 1)
-        with pytest.raises(checkpoint.CannotSave, match="the disk is full.*free space"):
+        with pytest.raises(RunFailed, match="the disk is full.*free space"):
             for step in range(2, 30):
                 save(tmp_path, step, keep=99)
         standing = names(tmp_path)
         assert 1 < len(standing) < 9
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
-        with pytest.raises(checkpoint.CannotSave, match="the disk is full: No space left on device"):
+        with pytest.raises(RunFailed, match="the disk is full: No space left on device"):
             for step in range(2, 30):
                 save(tmp_path, 30 + step, keep=99)
         for path in tmp_path.iterdir():

@@ -9,23 +9,24 @@ import pathlib
 import pty
 import re
 import shutil
-import socket
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import time
 
+import launcher
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_world import make_checkpoint, make_pairs
 
 import data
 import model
-import ranks
 import train
-from harness import options, results
-from tiny_world import make_checkpoint, make_pairs
+from files.errors import BadInput
+from runtime import options, results
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = ["--loss", "dpo", "--lr", "2e-3", "--batch-size", "4", "--max-length", "128", "--samples", "0"]
@@ -70,6 +71,7 @@ def rows(out):
 
 # ---------------------------------------------------------------------------------------------------- options
 
+
 def test_every_number_out_of_range_or_no_number(world, capfd, tmp_path, out):
     for name, field in options.FIELDS.items():
         flag, limits = "--" + name.replace("_", "-"), field.metadata
@@ -83,17 +85,20 @@ def test_every_number_out_of_range_or_no_number(world, capfd, tmp_path, out):
             refused(capfd, arguments(world, out, f"{flag}={value}"), flag, value, "must be", out=out)
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--bta", "1"], ["unknown option --bta; the nearest is --beta"]),
-    (["--max-prompt-length", "128"], ["--max-prompt-length 128: must be less than --max-length"]),
-    (["--guide", "."], ["--loss dpo has no use for it; leave it out"]),
-    (["--resume", "--overwrite"], ["give one"]),
-    (["--hsdp", "3"], ["--hsdp 3: 1 ranks do not divide into groups of 3"]),
-    (["--data", "nowhere.jsonl"], ["nowhere.jsonl: there is no such file"]),
-    (["--chat-template", "nowhere.jinja"], ["nowhere.jinja: no such file"]),
-    (["--model", "nowhere at all"], ["nowhere at all: there is no such directory"]),
-    (["--eval-fraction", "0.5", "--data", "ONE"], ["--eval-fraction 0.5: there is only one pair"]),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--bta", "1"], ["unknown option --bta; the nearest is --beta"]),
+        (["--max-prompt-length", "128"], ["--max-prompt-length 128: must be less than --max-length"]),
+        (["--guide", "."], ["--loss dpo has no use for it; leave it out"]),
+        (["--resume", "--overwrite"], ["give one"]),
+        (["--hsdp", "3"], ["--hsdp 3: 1 ranks do not divide into groups of 3"]),
+        (["--data", "nowhere.jsonl"], ["nowhere.jsonl: there is no such file"]),
+        (["--chat-template", "nowhere.jinja"], ["nowhere.jinja: no such file"]),
+        (["--model", "nowhere at all"], ["nowhere at all: there is no such directory"]),
+        (["--eval-fraction", "0.5", "--data", "ONE"], ["--eval-fraction 0.5: there is only one pair"]),
+    ],
+)
 def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, words, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     one = make_pairs(tmp_path / "one.jsonl", 1)
@@ -102,8 +107,13 @@ def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, word
 
 
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
-    program = subprocess.Popen([sys.executable, ROOT / "train.py", "--out", tmp_path / "out"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--out", tmp_path / "out"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     time.sleep(0.5)
     program.send_signal(signal.SIGINT)
     printed = program.communicate(timeout=60)
@@ -115,14 +125,20 @@ def test_a_bad_option_ends_the_program_before_torch_is_imported(tmp_path):
     for end in ({}, {"stdout": None}, {"LOCAL_RANK": "1"}):
         program = [sys.executable, ROOT / "train.py", "--epochs", "0"]
         shell = ["sh", "-c", '"$@" >&-', "sh"] if "stdout" in end else []
-        done = subprocess.run(shell + program, cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {name: text for name, text in end.items() if text})
+        done = subprocess.run(
+            shell + program,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {name: text for name, text in end.items() if text},
+        )
         expected = "" if "LOCAL_RANK" in end else "train.py: error: --epochs 0: must be at least 1\n"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
     assert os.listdir(tmp_path) == [] and time.process_time() - began < 3
 
 
 # ------------------------------------------------------------------------------------------------- the output
+
 
 def test_output_paths_that_cannot_be(world, capfd, tmp_path, monkeypatch, out):
     """Known before any data is read."""
@@ -131,23 +147,36 @@ def test_output_paths_that_cannot_be(world, capfd, tmp_path, monkeypatch, out):
     refused(capfd, arguments(world, tmp_path / "file"), f"{tmp_path}/file is a file; give a directory")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").touch()
-    refused(capfd, ["--model", world / "start", "--data", world / "pairs.jsonl", *SETTINGS],
-            f"--out {tmp_path}/runs/dpo: {tmp_path}/runs is a file; give a directory")
+    refused(
+        capfd,
+        ["--model", world / "start", "--data", world / "pairs.jsonl", *SETTINGS],
+        f"--out {tmp_path}/runs/dpo: {tmp_path}/runs is a file; give a directory",
+    )
     refused(capfd, arguments(world, tmp_path / "file/out"), "cannot be written: Not a directory; give another")
     refused(capfd, arguments(world, "/proc/tgdpo"), "--out /proc/tgdpo: cannot be written: No such file")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/metrics.jsonl").write_text("{}\n")
-    refused(capfd, arguments(world, tmp_path / "other"), "holds another run's results (metrics.jsonl)",
-            "--resume, --overwrite or another directory")
+    refused(
+        capfd,
+        arguments(world, tmp_path / "other"),
+        "holds another run's results (metrics.jsonl)",
+        "--resume, --overwrite or another directory",
+    )
     assert (tmp_path / "other/metrics.jsonl").read_text() == "{}\n"
 
 
 def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 50_000))
-    monkeypatch.setattr(train, "sharded", None)         # no model is loaded before
-    line = refused(capfd, arguments(world, out, "--save-every", 1), "its disk has 0.000 GB free, and the run "
-                   "needs 0.000 GB", "3 checkpoints", "lower --keep or give another", out=out)
+    monkeypatch.setattr(train, "sharded", None)  # no model is loaded before
+    line = refused(
+        capfd,
+        arguments(world, out, "--save-every", 1),
+        "its disk has 0.000 GB free, and the run needs 0.000 GB",
+        "3 checkpoints",
+        "lower --keep or give another",
+        out=out,
+    )
     assert line.startswith(f"train.py: error: --out {out}: ")
 
 
@@ -159,10 +188,11 @@ def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out):
     assert train.main(given) == 0
     checkpoints, *others = (
         sum(tensor.nbytes for path in out.glob(f"{part}/*.safetensors") for tensor in load_file(path).values())
-        for part in ("checkpoints/*", "guide", "policy", "cache"))
-    need = checkpoints * 4 // 3 + sum(others)                   # one more while the new one is written
-    monkeypatch.setattr(train, "cached_log_probs", None)        # a fault, so status 1, once there is room
-    for free, status in ((need, 1), (need - 100, 2)):           # a lock of some bytes is there already
+        for part in ("checkpoints/*", "guide", "policy", "cache")
+    )
+    need = checkpoints * 4 // 3 + sum(others)  # one more while the new one is written
+    monkeypatch.setattr(train, "cached_log_probs", None)  # a fault, so status 1, once there is room
+    for free, status in ((need, 1), (need - 100, 2)):  # a lock of some bytes is there already
         shutil.rmtree(out)
         needed.append(free)
         assert train.main(given) == status
@@ -177,7 +207,7 @@ def test_a_failed_overwrite_keeps_what_stood(world, capfd, tmp_path, out):
 
 
 def test_two_runs_in_one_directory(world, capfd, tmp_path, out):
-    first, = ranks.start(1, arguments(world, out, "--epochs", 100_000, "--save-every", 0), tmp_path / "log")
+    (first,) = launcher.start(1, arguments(world, out, "--epochs", 100_000, "--save-every", 0), tmp_path / "log")
     try:
         deadline = time.monotonic() + 60
         while not (out / "metrics.jsonl").exists():
@@ -221,6 +251,7 @@ def test_a_damaged_run_json_is_not_resumed_blindly(world, capfd, tmp_path, out):
 
 # --------------------------------------------------------------------------------- models, guides, tokenizers
 
+
 def test_a_vocabulary_smaller_than_the_tokenizers_ids(world, capfd, tmp_path, out):
     small = make_checkpoint(tmp_path / "small", vocab_size=259, eos_token_id=258)
     words = "small: the tokenizer has ids up to 259, but the model only 259 embeddings"
@@ -235,14 +266,23 @@ def test_a_guide_with_another_tokenizer_of_the_same_size(world, capfd, tmp_path,
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (guide / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(capfd, arguments(world, out, "--loss", "tgdpo", "--guide", guide),
-            f"{guide}: its tokenizer is not that of", "2 ids mean other pieces", "'b' against 'a'", out=out)
+    refused(
+        capfd,
+        arguments(world, out, "--loss", "tgdpo", "--guide", guide),
+        f"{guide}: its tokenizer is not that of",
+        "2 ids mean other pieces",
+        "'b' against 'a'",
+        out=out,
+    )
 
 
 def test_a_guide_of_another_architecture(world, tmp_path, out):
     """Allowed where the tokenizer is the same; the policy keeps its own. Nothing is written to either."""
-    guide = pathlib.Path(make_checkpoint(tmp_path / "guide", "mistral window", seed=1, hidden_size=24,
-                                         num_hidden_layers=1, vocab_size=300))
+    guide = pathlib.Path(
+        make_checkpoint(
+            tmp_path / "guide", "mistral window", seed=1, hidden_size=24, num_hidden_layers=1, vocab_size=300
+        )
+    )
     inputs = [guide, *guide.iterdir(), world / "start", *(world / "start").iterdir()]
     modes = [os.stat(path).st_mode for path in inputs]
     for path in inputs:
@@ -256,15 +296,18 @@ def test_a_guide_of_another_architecture(world, tmp_path, out):
             os.chmod(path, mode)
     assert model.read_config(out / "policy").hidden_size == 16 and not (out / "guide").exists()
     assert rows(out)[0]["r_hat_std"] > 0
-    assert os.stat(out / "policy/tokenizer.json").st_mode & 0o200       # copies are not read-only
+    assert os.stat(out / "policy/tokenizer.json").st_mode & 0o200  # copies are not read-only
 
 
 def test_weights_that_are_not_finite_leave_nothing_behind(world, capfd, tmp_path, out):
     """Seen only when they are read; the mended model then trains under the same command."""
     bad = shutil.copytree(world / "start", tmp_path / "bad")
     good = load_file(bad / "model.safetensors")
-    save_file(good | {"model.norm.weight": torch.full_like(good["model.norm.weight"], float("nan"))},
-              bad / "model.safetensors", {"format": "pt"})
+    save_file(
+        good | {"model.norm.weight": torch.full_like(good["model.norm.weight"], float("nan"))},
+        bad / "model.safetensors",
+        {"format": "pt"},
+    )
     for loss in ("dpo", "simpo"):
         given = arguments(world, out, "--loss", loss, "--model", bad)
         capfd.readouterr()
@@ -280,13 +323,17 @@ def test_a_context_shorter_than_max_length_is_warned_of(world, capfd, tmp_path, 
     assert train.main(arguments(world, out, "--dry-run", "--max-length", 300)) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if "beyond" in line]
     assert len(lines) == 1
-    assert re.fullmatch(r"warning: --max-length 300 is beyond the 256 tokens that \S+start was made for; "
-                        r"the longest pair has \d+", lines[0])
+    assert re.fullmatch(
+        r"warning: --max-length 300 is beyond the 256 tokens that \S+start was made for; "
+        r"the longest pair has \d+",
+        lines[0],
+    )
     assert train.main(arguments(world, out, "--dry-run", "--max-length", 256)) == 0
     assert "beyond" not in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- data
+
 
 def bad_rows(path, bad, good=2):
     lines = [json.dumps({"prompt": "p", "chosen": None, "rejected": "r"})] * bad
@@ -297,8 +344,13 @@ def bad_rows(path, bad, good=2):
 
 def test_bad_rows_are_listed(world, capfd, tmp_path, out):
     """One: one line. Several: the first ten, a line each, then the count. --skip-bad-rows drops them."""
-    refused(capfd, arguments(world, out, "--data", bad_rows(tmp_path / "one.jsonl", 1)),
-            f"{tmp_path}/one.jsonl:1: missing field: `chosen`", "--skip-bad-rows", out=out)
+    refused(
+        capfd,
+        arguments(world, out, "--data", bad_rows(tmp_path / "one.jsonl", 1)),
+        f"{tmp_path}/one.jsonl:1: missing field: `chosen`",
+        "--skip-bad-rows",
+        out=out,
+    )
     many = bad_rows(tmp_path / "many.jsonl", 13)
     assert train.main(arguments(world, out, "--data", many)) == 2
     lines = capfd.readouterr().err.splitlines()
@@ -327,7 +379,7 @@ def test_fewer_pairs_than_a_batch_and_than_ranks(world, capfd, tmp_path, out):
     few = ["--data", pairs, "--eval-data", held_out, "--batch-size", 128, "--epochs", 2]
     assert train.main(arguments(world, tmp_path / "alone", *few)) == 0
     assert "warning: 3 pairs are fewer than --batch-size 128: each step takes all" in capfd.readouterr().out
-    statuses, printed = ranks.run(4, arguments(world, out, *few), tmp_path / "log")
+    statuses, printed = launcher.run(4, arguments(world, out, *few), tmp_path / "log")
     assert statuses == [0] * 4, printed
     for a, b in zip(rows(tmp_path / "alone"), rows(out), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["step"] == a["step"]
@@ -336,12 +388,18 @@ def test_fewer_pairs_than_a_batch_and_than_ranks(world, capfd, tmp_path, out):
 def test_samples_are_answered_within_the_memory_plan(world, tmp_path, monkeypatch, out):
     """As many prompts at a time as micro-batches have tokens."""
     calls, plain = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda net, prompts, new, *rest: (
-        calls.append((len(prompts), max(map(len, prompts)) + new)), plain(net, prompts, new, *rest))[1])
+    monkeypatch.setattr(
+        model,
+        "generate",
+        lambda net, prompts, new, *rest: (
+            calls.append((len(prompts), max(map(len, prompts)) + new)),
+            plain(net, prompts, new, *rest),
+        )[1],
+    )
     given = ["--samples", 1000, "--sample-tokens", 4, "--micro-tokens", 200]
     assert train.main(arguments(world, out, *given)) == 0
     assert len(json.load(open(out / "samples.json"))) == 10
-    policy = calls[:len(calls) // 2]        # then the reference
+    policy = calls[: len(calls) // 2]  # then the reference
     assert sum(count for count, _ in policy) == 10 and len(policy) > 1
     assert all(count * width <= 200 for count, width in calls) and max(count for count, _ in calls) > 1
 
@@ -362,13 +420,16 @@ def test_simpos_table_has_its_own_margin(world, tmp_path):
     """It has no reference: mean log-probs make its margin, the same that the evaluation has."""
     held_out = make_pairs(tmp_path / "held_out.jsonl", 5, seed=3)
     assert train.main(arguments(world, tmp_path / "out", "--loss", "simpo", "--eval-data", held_out)) == 0
-    row, = json.load(open(tmp_path / "out/run.json"))["table"]
+    (row,) = json.load(open(tmp_path / "out/run.json"))["table"]
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval"] and row["margin"] == pytest.approx(last["margin"], abs=1e-6)
-    assert row["accuracy"] == pytest.approx(last["accuracy"]) and row["logp_chosen"] < 0 and "logratio_chosen" not in row
+    assert (
+        row["accuracy"] == pytest.approx(last["accuracy"]) and row["logp_chosen"] < 0 and "logratio_chosen" not in row
+    )
 
 
 # ----------------------------------------------------------------------------------------------- surroundings
+
 
 def test_a_closed_pipe_and_a_locale_without_letters(world, tmp_path, out):
     """LC_ALL=C, paths and texts beyond ASCII, standard output a pipe that nobody reads."""
@@ -381,15 +442,14 @@ def test_a_closed_pipe_and_a_locale_without_letters(world, tmp_path, out):
     words = arguments(world, "öut", "--samples", 1, "--sample-tokens", 2, "--data", "pääre.jsonl")
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONUTF8"} | {"LC_ALL": "C"}
     program = [sys.executable, ROOT / "train.py"]
-    done = subprocess.run(program + words, cwd=here, env=environment, stdout=writer, stderr=subprocess.PIPE,
-                          text=True)
+    done = subprocess.run(program + words, cwd=here, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
     saved = options.resolve(["--config", str(here / "öut/config.toml")])
     assert saved.data == (str(here / "pääre.jsonl"),)
     assert "Grüße, 漢字" in json.load(open(here / "öut/samples.json"))[0]["prompt"]
     environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for words in (words, arguments(world, "out")):       # the working directory's name counts too
+    for words in (words, arguments(world, "out")):  # the working directory's name counts too
         done = subprocess.run(program + words, cwd=here, env=environment, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "must be UTF-8 text; this Python reads ascii: set PYTHONUTF8=1" in done.stderr
@@ -422,16 +482,27 @@ def test_a_terminal_gets_a_bar(world, tmp_path, monkeypatch, capsys, columns, ou
     assert not re.search(r"^dpo \d/3", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("rank, world_size, words", [
-    (0, 2, "rank 0 of 2 found no complete group"), (1, 2, "rank 1 of 2 found no complete group"),
-    (0, 1, "is in use: set another MASTER_PORT"), (3, 2, "RANK is 3 but WORLD_SIZE is 2")])
+@pytest.mark.parametrize(
+    "rank, world_size, words",
+    [
+        (0, 2, "rank 0 of 2 found no complete group"),
+        (1, 2, "rank 1 of 2 found no complete group"),
+        (0, 1, "is in use: set another MASTER_PORT"),
+        (3, 2, "RANK is 3 but WORLD_SIZE is 2"),
+    ],
+)
 def test_a_rank_started_by_hand(world, tmp_path, rank, world_size, words, out):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        process = ranks.start(world_size, arguments(world, out, "--timeout-minutes", 0.01), tmp_path / "log",
-                              only=[rank], port=taken.getsockname()[1] if "in use" in words else None)
-        assert ranks.finish(process) == [2]
+        process = launcher.start(
+            world_size,
+            arguments(world, out, "--timeout-minutes", 0.01),
+            tmp_path / "log",
+            only=[rank],
+            port=taken.getsockname()[1] if "in use" in words else None,
+        )
+        assert launcher.finish(process) == [2]
     printed = open(f"{tmp_path}/log.{rank}").read()
     assert printed.startswith("train.py: error: ") and words in printed and printed.count("\n") == 1
     assert not (out).exists()
@@ -439,9 +510,10 @@ def test_a_rank_started_by_hand(world, tmp_path, rank, world_size, words, out):
 
 # --------------------------------------------------------------------------------------------- how a run ends
 
+
 def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypatch, out):
     """A fault that nobody foresaw shows its traceback, status 1; resumed, only the end is done again."""
-    monkeypatch.setattr(results.report, "write", lambda out: {}["no such key"])
+    monkeypatch.setattr(train.report, "write", lambda out: {}["no such key"])
     assert train.main(arguments(world, out)) == 1
     captured = capfd.readouterr()
     assert captured.err.startswith("Traceback") and captured.err.endswith("KeyError: 'no such key'\n")
@@ -456,13 +528,22 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
     assert printed.splitlines()[-2:] == [f"the policy: {out}/policy", f"the page:   {out}/report.html"]
 
 
-@pytest.mark.parametrize("error, status, words", [
-    (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device: the disk is full; free"),
-    (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
-    (data.BadData("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong")])
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "[Errno 28] No space left on device: the disk is full; free",
+        ),
+        (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
+        (BadInput("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong"),
+    ],
+)
 def test_what_is_foreseen_is_said_in_one_line(world, capfd, tmp_path, monkeypatch, error, status, words, out):
     def fail(*given):
         raise error
+
     monkeypatch.setattr(train, "optimiser_step", fail)
     assert train.main(arguments(world, out)) == status
     err = capfd.readouterr().err
@@ -475,27 +556,27 @@ def not_finite_on_rank_1(rank):
 
     def load(net, directory, local):
         if rank == 1:
-            raise model.BadCheckpoint("model.safetensors: model.norm.weight holds values that are not finite")
+            raise BadInput("model.safetensors: model.norm.weight holds values that are not finite")
         return plain(net, directory, local)
 
     model.load_weights = load
 
 
 def no_model_on_the_machine_of_rank_1(rank):
-    plain = train.inputs.hub.model_directory
-    train.inputs.hub.model_directory = lambda name: plain("/no/such/model" if rank == 1 else name)
+    plain = train.hub.model_directory
+    train.hub.model_directory = lambda name: plain("/no/such/model" if rank == 1 else name)
 
 
 def no_tokenizer_on_the_machine_of_rank_1(rank):
-    plain = data.load_tokenizer
-    data.load_tokenizer = lambda source, template: plain("/no/such/model" if rank == 1 else source, template)
+    plain = train.load_tokenizer
+    train.load_tokenizer = lambda source, template: plain("/no/such/model" if rank == 1 else source, template)
 
 
 def fault_of_rank_1(rank):
     plain = train.optimiser_step
 
     def step(*given):
-        return plain(*given) if rank == 0 else undefined(given)         # noqa: F821
+        return plain(*given) if rank == 0 else undefined(given)  # noqa: F821
 
     train.optimiser_step = step
 
@@ -503,50 +584,58 @@ def fault_of_rank_1(rank):
 def fault_of_rank_1_in_what_all_do(rank):
     def load(net, directory, local):
         if rank == 1:
-            undefined(directory)        # noqa: F821
+            undefined(directory)  # noqa: F821
 
     model.load_weights = load
 
 
 def fault_of_rank_0_for_all(rank):
-    train.inputs.describe = lambda *given: {}["no such key"]
+    train.describe = lambda *given: {}["no such key"]
 
 
 def full_disk_on_rank_0(rank):
     def write(self, row):
         if rank == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
+
     train.Metrics.write = write
 
 
-@pytest.mark.parametrize("fault, more, statuses, count, words", [
-    (None, ["--data", "BAD"], [2, 2], 12, "13 of 15 rows cannot be used"),
-    (None, ["--hsdp", 4], [2, 2], 1, "--hsdp 4: 2 ranks do not divide"),
-    (None, ["--bta", 4], [2, 2], 1, "unknown option --bta"),
-    (None, ["--out", "/proc/tgdpo"], [2, 2], 1, "--out /proc/tgdpo: cannot be written"),
-    (not_finite_on_rank_1, [], [2, 2], 1, "model.norm.weight holds values that are not finite"),
-    (no_model_on_the_machine_of_rank_1, [], [2, 2], 1, "/no/such/model: there is no such directory"),
-    (no_tokenizer_on_the_machine_of_rank_1, [], [2, 2], 1, "/no/such/model/tokenizer.json: no such file"),
-    (full_disk_on_rank_0, [], [1, 1], 2, "No space left on device"),
-])
+@pytest.mark.parametrize(
+    "fault, more, statuses, count, words",
+    [
+        (None, ["--data", "BAD"], [2, 2], 12, "13 of 15 rows cannot be used"),
+        (None, ["--hsdp", 4], [2, 2], 1, "--hsdp 4: 2 ranks do not divide"),
+        (None, ["--bta", 4], [2, 2], 1, "unknown option --bta"),
+        (None, ["--out", "/proc/tgdpo"], [2, 2], 1, "--out /proc/tgdpo: cannot be written"),
+        (not_finite_on_rank_1, [], [2, 2], 1, "model.norm.weight holds values that are not finite"),
+        (no_model_on_the_machine_of_rank_1, [], [2, 2], 1, "/no/such/model: there is no such directory"),
+        (no_tokenizer_on_the_machine_of_rank_1, [], [2, 2], 1, "/no/such/model/tokenizer.json: no such file"),
+        (full_disk_on_rank_0, [], [1, 1], 2, "No space left on device"),
+    ],
+)
 def test_several_ranks_end_alike_with_one_line(world, tmp_path, fault, more, statuses, count, words, out):
     more = [bad_rows(tmp_path / "bad.jsonl", 13) if word == "BAD" else word for word in more]
-    ended, printed = ranks.run(2, arguments(world, out, *more), tmp_path / "log", fault)
-    errors = printed[printed.index("train.py: error: "):].splitlines()
+    ended, printed = launcher.run(2, arguments(world, out, *more), tmp_path / "log", fault)
+    errors = printed[printed.index("train.py: error: ") :].splitlines()
     assert ended == statuses and words in printed and "Traceback" not in printed, printed
     assert len(errors) == count or fault is not None and printed.count("train.py: error: ") == count, printed
     if ended == [2, 2]:
         assert not (out).exists()
 
 
-@pytest.mark.parametrize("fault, last, lost", [
-    (fault_of_rank_1, "NameError: name 'undefined' is not defined", 1),
-    (fault_of_rank_1_in_what_all_do, "NameError: name 'undefined' is not defined", 0),
-    (fault_of_rank_0_for_all, "KeyError: 'no such key'", 0)])
+@pytest.mark.parametrize(
+    "fault, last, lost",
+    [
+        (fault_of_rank_1, "NameError: name 'undefined' is not defined", 1),
+        (fault_of_rank_1_in_what_all_do, "NameError: name 'undefined' is not defined", 0),
+        (fault_of_rank_0_for_all, "KeyError: 'no such key'", 0),
+    ],
+)
 def test_a_fault_of_one_rank_ends_all_and_shows_its_traceback(world, tmp_path, fault, last, lost, out):
     began = time.monotonic()
-    ended, printed = ranks.run(2, arguments(world, out), tmp_path / "log", fault)
+    ended, printed = launcher.run(2, arguments(world, out), tmp_path / "log", fault)
     assert ended == [1, 1] and time.monotonic() - began < 60
     assert printed.count("Traceback (most recent call last)") == 1 and last in printed.splitlines(), printed
-    assert __file__ in printed      # where it happened, not only where it was passed on
+    assert __file__ in printed  # where it happened, not only where it was passed on
     assert printed.count("has lost the others") == lost

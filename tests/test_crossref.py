@@ -1,4 +1,5 @@
 """derive.md, tgdpo.py and the tests tell one story: same labels, names that exist, maths GitHub renders."""
+
 import ast
 import re
 from pathlib import Path
@@ -10,10 +11,15 @@ import tgdpo
 
 SECTIONS = sections()
 # What tgdpo.py defines for its readers: {name: docstring}, in the file's order.
-FUNCTIONS = {node.name: ast.get_docstring(node) for node in ast.parse((ROOT / "tgdpo.py").read_text()).body
-             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
-TESTS = {path.name: re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-         for path in (ROOT / "tests").glob("test_*.py")}
+FUNCTIONS = {
+    node.name: ast.get_docstring(node)
+    for node in ast.parse((ROOT / "tgdpo.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+}
+TESTS = {
+    path.name: re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for path in (ROOT / "tests").glob("test_*.py")
+}
 
 
 def labels(text):
@@ -56,7 +62,7 @@ def test_each_step_has_one_formula_few_lines_and_a_footer(label):
     for name, file in links(code):
         assert file == "tgdpo.py" and label in labels(FUNCTIONS[name])
     assert any(name.startswith(f"test_{label}_") for name, _ in links(tests))
-    assert f"| {label} |" in TEXT     # a row of the table of kinds
+    assert f"| {label} |" in TEXT  # a row of the table of kinds
 
 
 def test_each_function_stands_at_its_steps():
@@ -70,8 +76,9 @@ def test_theorems_are_the_papers_and_the_same_in_page_and_code():
     for label in SECTIONS:
         cited = re.findall(r"Paper: Theorem (\d\.\d)", footer(label))
         assert cited == ([theorems[label]] if label in theorems else [])
-    in_code = {labels(text)[0]: number for text in FUNCTIONS.values()
-               for number in re.findall(r"Theorem (\d\.\d)", text)}
+    in_code = {
+        labels(text)[0]: number for text in FUNCTIONS.values() for number in re.findall(r"Theorem (\d\.\d)", text)
+    }
     assert in_code == theorems
 
 

@@ -1,4 +1,5 @@
 """Batches: what a pack must let attention see, how pairs are dealt to ranks, orders and fingerprints."""
+
 import doctest
 import random
 
@@ -25,16 +26,16 @@ def test_pack_lets_each_token_see_its_own_branch_only(count, share_prompt):
     pairs = make_pairs(count)
     pack = data.collate(pairs, share_prompt)
     cu_q, cu_k = pack.cu_q.tolist(), pack.cu_k.tolist()
-    seen = {}       # row -> [(token, position)] of all keys that the causal mask, bottom right, leaves it
+    seen = {}  # row -> [(token, position)] of all keys that the causal mask, bottom right, leaves it
     for s in range(2 * count):
         pair = pairs[s // 2]
         response = pair.rejected if s % 2 else pair.chosen
-        rows = pack.keys[cu_k[s]:cu_k[s + 1]]
+        rows = pack.keys[cu_k[s] : cu_k[s + 1]]
         assert pack.tokens[rows].tolist() == [*pair.prompt, *response]
         assert pack.positions[rows].tolist() == list(range(len(rows)))
         queries = range(cu_q[s], cu_q[s + 1])
         for i, row in enumerate(queries):
-            seen[row] = pack.tokens[rows[:len(rows) - len(queries) + i + 1]].tolist()
+            seen[row] = pack.tokens[rows[: len(rows) - len(queries) + i + 1]].tolist()
     assert sorted(seen) == list(range(len(pack.tokens)))
     r = 0
     for pair in pairs:
@@ -76,7 +77,7 @@ def realistic_lengths(count, seed):
     return (prompt + responses).astype(int).tolist()
 
 
-@pytest.mark.parametrize("world_size, micro_tokens", [(1, 10 ** 9), (3, 50), (4, 7), (8, 200), (5, 1)])
+@pytest.mark.parametrize("world_size, micro_tokens", [(1, 10**9), (3, 50), (4, 7), (8, 200), (5, 1)])
 def test_deal_gives_every_pair_once_and_keeps_to_micro_tokens(world_size, micro_tokens):
     draw = random.Random(1)
     for count in (1, 2, 7, 40):
@@ -92,17 +93,18 @@ def test_deal_gives_every_pair_once_and_keeps_to_micro_tokens(world_size, micro_
 def test_deal_takes_the_fewest_micro_batches():
     assert data.deal([10] * 8, 2, 40) == [[[0, 2, 4, 6]], [[1, 3, 5, 7]]]
     assert [len(rank) for rank in data.deal([10] * 8, 2, 39)] == [2, 2]
-    assert [len(rank) for rank in data.deal([500, 10, 10], 1, 20)] == [2]       # a longer pair stands alone
+    assert [len(rank) for rank in data.deal([500, 10, 10], 1, 20)] == [2]  # a longer pair stands alone
     assert data.deal([5], 3, 10) == [[[0]], [[]], [[]]]
 
 
-@pytest.mark.parametrize("world_size, micro_tokens", [(8, 10 ** 9), (8, 8192), (8, 4096), (2, 2048)])
+@pytest.mark.parametrize("world_size, micro_tokens", [(8, 10**9), (8, 8192), (8, 4096), (2, 2048)])
 def test_deal_balances_realistic_lengths(world_size, micro_tokens):
     worst, gaps = [], []
     for seed in range(5):
         lengths = realistic_lengths(128, seed)
-        ranks = [[sum(lengths[i] for i in micro) for micro in rank]
-                 for rank in data.deal(lengths, world_size, micro_tokens)]
+        ranks = [
+            [sum(lengths[i] for i in micro) for micro in rank] for rank in data.deal(lengths, world_size, micro_tokens)
+        ]
         totals = [sum(rank) for rank in ranks]
         worst.append(max(totals) / np.mean(totals))
         gaps += [max(column) / max(1, min(column)) for column in zip(*ranks)]

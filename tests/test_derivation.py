@@ -3,6 +3,7 @@
 A problem here is a tree of all prefixes: token 0 ends the response, and every token ends it at the last step.
 Sums over responses are written out response by response and never use the functions under test.
 """
+
 import itertools
 import math
 from typing import NamedTuple
@@ -20,9 +21,9 @@ F64 = torch.float64
 
 
 class Tree(NamedTuple):
-    child: Tensor       # [S, A]
-    depth: list         # of each state
-    responses: list     # of lists of (state, action)
+    child: Tensor  # [S, A]
+    depth: list  # of each state
+    responses: list  # of lists of (state, action)
 
 
 def grow(actions, steps):
@@ -37,7 +38,7 @@ def grow(actions, steps):
     return Tree(child, [len(p) for p in prefixes], list(ways(0)))
 
 
-TREE = grow(actions=3, steps=3)     # 7 states, 15 responses
+TREE = grow(actions=3, steps=3)  # 7 states, 15 responses
 BETA = 0.7
 
 
@@ -72,8 +73,10 @@ def probabilities(logp, tree=TREE):
 
 def enumerated_objective(logp, ref, reward, beta, tree=TREE):
     """E_y [ sum r ] - beta KL(pi || pi_ref) over whole responses, one by one."""
-    return math.fsum(p * (total(reward, y) - beta * (total(logp, y) - total(ref, y)))
-                     for p, y in zip(probabilities(logp, tree), tree.responses))
+    return math.fsum(
+        p * (total(reward, y) - beta * (total(logp, y) - total(ref, y)))
+        for p, y in zip(probabilities(logp, tree), tree.responses)
+    )
 
 
 def enumerated_optimum(ref, reward, beta, tree=TREE):
@@ -86,9 +89,12 @@ def soft_values(ref, reward, beta, tree=TREE):
     """V(s), what the best policy still earns from s on, by dynamic programming from the end, V(end) = 0."""
     value = [0.0] * (len(tree.child) + 1)
     for s in reversed(range(len(tree.child))):
-        value[s] = beta * log(math.fsum(
-            math.exp(ref[s, a].item() + (reward[s, a].item() + value[c]) / beta)
-            for a, c in enumerate(tree.child[s].tolist())))
+        value[s] = beta * log(
+            math.fsum(
+                math.exp(ref[s, a].item() + (reward[s, a].item() + value[c]) / beta)
+                for a, c in enumerate(tree.child[s].tolist())
+            )
+        )
     return value
 
 
@@ -101,8 +107,9 @@ def sequence_optimal(ref, reward, beta, tree=TREE):
 def ascend(objective, shape):
     """The policy that gradient ascent (L-BFGS) on free logits finds, from the uniform one."""
     logits = torch.zeros(shape, dtype=F64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-16,
-                                  line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimiser.zero_grad()
@@ -116,8 +123,9 @@ def ascend(objective, shape):
 
 # The example of D2, D3 and D9: tokens red and blue, two steps, pi_ref uniform, beta = 1.
 # At the prompt red earns log 3; after red nothing more can be earned, after blue any token earns log 5.
-HAND = Tree(torch.tensor([[1, 2], [-1, -1], [-1, -1]]), [0, 1, 1],
-            [[(0, a), (1 + a, c)] for a in (0, 1) for c in (0, 1)])
+HAND = Tree(
+    torch.tensor([[1, 2], [-1, -1], [-1, -1]]), [0, 1, 1], [[(0, a), (1 + a, c)] for a in (0, 1) for c in (0, 1)]
+)
 HAND_REF = torch.full((3, 2), 0.5, dtype=F64).log()
 HAND_REWARD = torch.tensor([[log(3), 0], [0, 0], [log(5), log(5)]], dtype=F64)
 
@@ -125,7 +133,7 @@ HAND_REWARD = torch.tensor([[log(3), 0], [0, 0], [log(5), log(5)]], dtype=F64)
 def every_policy_of_hand(points=49):
     grid = [(k + 0.5) / points for k in range(points)] + [3 / 8, 3 / 4]
     p = torch.tensor(list(itertools.product(grid, [0.5, 0.2, 0.9], [0.5, 0.3, 0.8])), dtype=F64)
-    return torch.stack([p, 1 - p], -1).log()    # [policies, S, A]
+    return torch.stack([p, 1 - p], -1).log()  # [policies, S, A]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -144,8 +152,7 @@ def test_D2_state_distributions(seed):
     d = tgdpo.state_distributions(logp, TREE.child, 3)
     assert d.shape == (3, 7)
     for t, s in itertools.product(range(3), range(7)):
-        passing = math.fsum(p for p, y in zip(probabilities(logp), TREE.responses)
-                            if len(y) > t and y[t][0] == s)
+        passing = math.fsum(p for p, y in zip(probabilities(logp), TREE.responses) if len(y) > t and y[t][0] == s)
         assert d[t, s].item() == approx(passing, abs=1e-14)
     steps = d @ tgdpo.token_objective(logp, ref, reward, BETA)
     assert steps.sum().item() == approx(enumerated_objective(logp, ref, reward, BETA), abs=1e-12)
@@ -167,8 +174,7 @@ def test_D2_theorem_4_1(seed):
     # it nothing at step t, and be optimal there.
     optimal = ascend(lambda p: tgdpo.token_objective(p, ref, reward, BETA).sum(), ref.shape)
     at_state = tgdpo.token_objective(optimal, ref, reward, BETA).tolist()
-    right = [max([v for v, depth in zip(at_state, TREE.depth) if depth == t] + [0.0] * (t > 0))
-             for t in range(3)]
+    right = [max([v for v, depth in zip(at_state, TREE.depth) if depth == t] + [0.0] * (t > 0)) for t in range(3)]
     assert left < sum(right)
     for _ in range(300):
         other = policy(draw, scale=4)
@@ -199,7 +205,7 @@ def test_D2_gap_by_hand_and_a_tight_case():
 def test_D3_what_is_given_up():
     policies = every_policy_of_hand()
     local = torch.stack([tgdpo.token_objective(p, HAND_REF, HAND_REWARD, 1.0) for p in policies])
-    for d in ([1, 0.5, 0.5], [1, 0.9, 0.1], [1, 1, 0]):     # whatever D is, the optimum is the greedy one
+    for d in ([1, 0.5, 0.5], [1, 0.9, 0.1], [1, 1, 0]):  # whatever D is, the optimum is the greedy one
         best = policies[(local @ torch.tensor(d, dtype=F64)).argmax()]
         assert best[0, 0].exp().item() == approx(3 / 4)
     greedy = torch.tensor([[3 / 4, 1 / 4], [1 / 2, 1 / 2], [1 / 2, 1 / 2]], dtype=F64).log()
@@ -230,8 +236,10 @@ def test_D4_guided_objective(seed):
     logp, ref, reward, f = policy(draw), policy(draw), table(draw), weights(draw)
     ours = tgdpo.guided_objective(logp, ref, reward, f, BETA)
     for s in range(7):
-        by_hand = math.fsum(math.exp(p) * (r / (BETA * w) - (p - q)) for p, q, r, w in zip(
-            logp[s].tolist(), ref[s].tolist(), reward[s].tolist(), f[s].tolist()))
+        by_hand = math.fsum(
+            math.exp(p) * (r / (BETA * w) - (p - q))
+            for p, q, r, w in zip(logp[s].tolist(), ref[s].tolist(), reward[s].tolist(), f[s].tolist())
+        )
         assert ours[s].item() == approx(by_hand, abs=1e-12)
     # f = 1 is the token-level problem of D3 divided by beta: the same maximisers.
     plain = tgdpo.guided_objective(logp, ref, reward, torch.ones_like(f), BETA)
@@ -244,7 +252,7 @@ def test_D5_closed_form_beats_10000_policies(seed):
     ref, reward, f = policy(draw), table(draw), weights(draw)
     star, log_z = tgdpo.closed_form(ref, reward, f, BETA)
     best = tgdpo.guided_objective(star, ref, reward, f, BETA)
-    for scale in (0.03, 0.3, 1.0, 3.0):     # near the optimum and far from it
+    for scale in (0.03, 0.3, 1.0, 3.0):  # near the optimum and far from it
         others = (star + scale * torch.randn(2500, 7, 3, generator=draw, dtype=F64)).log_softmax(-1)
         assert (tgdpo.guided_objective(others, ref, reward, f, BETA) < best).all()
     found = ascend(lambda p: tgdpo.guided_objective(p, ref, reward, f, BETA).sum(), ref.shape)
@@ -267,7 +275,7 @@ def test_D5_objective_is_log_z_minus_kl(seed):
 def test_D5_fails_where_f_stands_at_the_log_ratio():
     reward, f, ref = [1.0, 0.0], [2.0, 0.5], [0.5, 0.5]
 
-    def undivided(p):   # sum_a pi (r - f log pi/pi_ref), beta = 1
+    def undivided(p):  # sum_a pi (r - f log pi/pi_ref), beta = 1
         return sum(q * (r - w * log(q / u)) for q, r, w, u in zip((p, 1 - p), reward, f, ref))
 
     def divided(p):
@@ -365,7 +373,7 @@ def test_D8_a_data_set_may_turn():
     delta = tgdpo.delta(z_red, z_blue, ones, ones, 1.0)
     assert delta.item() == approx(log(4), abs=1e-15)
 
-    def loss(p, d):     # three pairs; p = pi(red | prompt)
+    def loss(p, d):  # three pairs; p = pi(red | prompt)
         ratio = lambda q: torch.stack([2 * q, torch.ones_like(q)]).log()[None]
         phi = tgdpo.phi(ratio(p), ratio(1 - p), ones, ones, 1.0)
         return -2 * tgdpo.preference(phi, d).log().sum() - tgdpo.preference(-phi, -d).log().sum()
@@ -393,12 +401,14 @@ def test_D8_a_reward_with_delta_zero(seed):
     draw = rng(seed)
     ref, reward, f = policy(draw), table(draw), weights(draw)
     value = [0.0] * 8
-    for s in reversed(range(7)):    # the v at which Z(s) = 1, by bisection: Z falls as v grows
+    for s in reversed(range(7)):  # the v at which Z(s) = 1, by bisection: Z falls as v grows
         low, high = -100.0, 100.0
         for _ in range(200):
             v = (low + high) / 2
-            z = math.fsum(math.exp(min(ref[s, a] + (reward[s, a] + value[c] - v) / (BETA * f[s, a]), 700))
-                          for a, c in enumerate(TREE.child[s].tolist()))
+            z = math.fsum(
+                math.exp(min(ref[s, a] + (reward[s, a] + value[c] - v) / (BETA * f[s, a]), 700))
+                for a, c in enumerate(TREE.child[s].tolist())
+            )
             low, high = (v, high) if z > 1 else (low, v)
         value[s] = v
     v = torch.tensor(value, dtype=F64)
@@ -435,7 +445,7 @@ def test_D9_by_hand():
     guide = torch.tensor([[3 / 8, 5 / 8]], dtype=F64).log().requires_grad_()
     r_hat = tgdpo.r_hat(guide, HAND_REF[:1].clone().requires_grad_(), 1.0)
     assert not r_hat.requires_grad
-    by_hand = [log(3) + 0 - log(4), 0 + log(5) - log(4)]    # r + V(next) - V(prompt)
+    by_hand = [log(3) + 0 - log(4), 0 + log(5) - log(4)]  # r + V(next) - V(prompt)
     assert r_hat[0].tolist() == approx([quoted("D9", v) for v in by_hand], abs=1e-12)
     assert tgdpo.r_hat(guide, HAND_REF[:1], 0.1)[0].tolist() == approx([0.1 * v for v in by_hand], abs=1e-12)
 
@@ -450,8 +460,11 @@ def test_D10_no_one_policy_for_both():
     # One state, pi_ref uniform, rewards log 4 and 0, beta = alpha = 1, r_hat = 1/2 on both tokens.
     ref, reward = torch.full((1, 2), 0.5, dtype=F64).log(), torch.tensor([[log(4), 0.0]], dtype=F64)
     r_hat = torch.full((1, 2), 0.5, dtype=F64)
-    for f, odds in ((tgdpo.f_w(r_hat, 1.0), 4 ** (1 / 1.5)), (torch.ones_like(r_hat), 4),
-                    (tgdpo.f_l(r_hat, 1.0), 4 ** 2)):
+    for f, odds in (
+        (tgdpo.f_w(r_hat, 1.0), 4 ** (1 / 1.5)),
+        (torch.ones_like(r_hat), 4),
+        (tgdpo.f_l(r_hat, 1.0), 4**2),
+    ):
         star = tgdpo.closed_form(ref, reward, f, 1.0)[0]
         assert star[0, 0].exp().item() == approx(quoted("D10", odds / (1 + odds)), abs=1e-12)
 

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 
+import launcher
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import ranks
 from tiny_world import make_checkpoint, make_pairs
 
 SETTINGS = ["--beta", 0.3, "--lr", 2e-3, "--epochs", 2, "--batch-size", 4, "--max-length", 128, "--samples", 0]
@@ -50,10 +49,15 @@ def assert_same_run(one, other, rtol=1e-5):
 @pytest.mark.parametrize("kind", ["tied", "llama"])
 def test_any_number_of_ranks_trains_the_same(world, kind, tmp_path):
     """World sizes 1, 2 and 4, two stages, ragged last batches, activation checkpointing on and off."""
-    for count, more in ((1, []), (2, ["--activation-checkpointing", "full"]), (4, []),
-                        (2, ["--micro-tokens", 60]), (4, ["--hsdp", 2])):
+    for count, more in (
+        (1, []),
+        (2, ["--activation-checkpointing", "full"]),
+        (4, []),
+        (2, ["--micro-tokens", 60]),
+        (4, ["--hsdp", 2]),
+    ):
         out = tmp_path / f"{count}{len(more)}{more[:1]}"
-        statuses, printed = ranks.run(count, arguments(world, out, kind, *more), tmp_path / "log")
+        statuses, printed = launcher.run(count, arguments(world, out, kind, *more), tmp_path / "log")
         assert statuses == [0] * count, printed
         if count == 1:
             alone = out
@@ -62,6 +66,7 @@ def test_any_number_of_ranks_trains_the_same(world, kind, tmp_path):
 
 def nan_loss_on_rank_1(rank):
     import train
+
     plain, calls = train.pack_loss, []
 
     def broken(stage, options, logp, pack, indices, tally):
@@ -77,6 +82,7 @@ def nan_loss_on_rank_1(rank):
 
 def infinite_gradient_on_rank_1(rank):
     import train
+
     plain, calls = train.clip_grad_norm_, []
 
     def broken(parameters, most):
@@ -89,18 +95,25 @@ def infinite_gradient_on_rank_1(rank):
     train.clip_grad_norm_ = broken
 
 
-@pytest.mark.parametrize("fault, words", [(nan_loss_on_rank_1, "the loss is not finite on"),
-                                          (infinite_gradient_on_rank_1, "the gradient is not finite; the step's pairs are")])
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (nan_loss_on_rank_1, "the loss is not finite on"),
+        (infinite_gradient_on_rank_1, "the gradient is not finite; the step's pairs are"),
+    ],
+)
 def test_what_is_not_finite_stops_all_ranks(world, fault, words, tmp_path):
     out = tmp_path / "out"
-    statuses, printed = ranks.run(2, arguments(world, out, "tied", "--loss", "dpo", "--save-every", 1), tmp_path / "log", fault)
+    statuses, printed = launcher.run(
+        2, arguments(world, out, "tied", "--loss", "dpo", "--save-every", 1), tmp_path / "log", fault
+    )
     assert statuses == [1, 1], printed
     line = next(line for line in printed.splitlines() if words in line)
     assert "dpo step 3: " in line and "pairs.jsonl:" in line and "step-2" in line
     assert [r["step"] for r in rows(out)] == [1, 2] and not (out / "policy").exists()
     # the checkpoint of step 2 is good: resumed, the run is the one that never failed
-    assert ranks.run(2, arguments(world, out, "tied", "--loss", "dpo", "--resume"), tmp_path / "log")[0] == [0, 0]
-    assert ranks.run(2, arguments(world, tmp_path / "whole", "tied", "--loss", "dpo"), tmp_path / "log")[0] == [0, 0]
+    assert launcher.run(2, arguments(world, out, "tied", "--loss", "dpo", "--resume"), tmp_path / "log")[0] == [0, 0]
+    assert launcher.run(2, arguments(world, tmp_path / "whole", "tied", "--loss", "dpo"), tmp_path / "log")[0] == [0, 0]
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in rows(tmp_path / "whole")]
     a, b = (load_file(o / "policy/model.safetensors") for o in (out, tmp_path / "whole"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -108,6 +121,7 @@ def test_what_is_not_finite_stops_all_ranks(world, fault, words, tmp_path):
 
 def nan_guide(rank):
     import train
+
     plain = train.log_probs
 
     def broken(run, net, pairs, title):
@@ -120,7 +134,7 @@ def nan_guide(rank):
 
 
 def test_a_guide_that_is_not_finite_is_named_before_training(world, tmp_path):
-    statuses, printed = ranks.run(2, arguments(world, tmp_path / "out"), tmp_path / "log", nan_guide)
+    statuses, printed = launcher.run(2, arguments(world, tmp_path / "out"), tmp_path / "log", nan_guide)
     assert statuses == [1, 1]
     assert "the guide's log-probs are not finite on" in printed and "pairs.jsonl:3" in printed
     assert not any(r["stage"] == "tgdpo" for r in rows(tmp_path / "out"))
@@ -129,6 +143,7 @@ def test_a_guide_that_is_not_finite_is_named_before_training(world, tmp_path):
 
 def rank_1_dies(rank):
     import train
+
     plain, calls = train.optimiser_step, []
 
     def broken(*arguments):
@@ -142,6 +157,7 @@ def rank_1_dies(rank):
 
 def rank_1_hangs(rank):
     import train
+
     plain, calls = train.optimiser_step, []
 
     def broken(*arguments):
@@ -156,8 +172,12 @@ def rank_1_hangs(rank):
 @pytest.mark.parametrize("fault", [rank_1_dies, rank_1_hangs])
 def test_a_rank_that_dies_or_hangs_ends_the_job(world, fault, tmp_path):
     began = time.monotonic()
-    processes = ranks.start(2, arguments(world, tmp_path / "out", "tied", "--loss", "dpo", "--timeout-minutes", 0.1),
-                            tmp_path / "log", fault)
+    processes = launcher.start(
+        2,
+        arguments(world, tmp_path / "out", "tied", "--loss", "dpo", "--timeout-minutes", 0.1),
+        tmp_path / "log",
+        fault,
+    )
     processes[0].join(60)
     assert processes[0].exitcode == 1 and time.monotonic() - began < 50
     processes[1].kill()
@@ -168,11 +188,21 @@ def test_a_rank_that_dies_or_hangs_ends_the_job(world, fault, tmp_path):
 def test_torchrun_passes_sigterm_on_and_leaves_no_orphan(world, tmp_path):
     """Saved at the step's end, resumed, and the same as never stopped. One real torchrun, with two ranks."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(ranks.free_port()),
-               os.path.join(os.path.dirname(__file__), "..", "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(launcher.free_port()),
+        os.path.join(os.path.dirname(__file__), "..", "train.py"),
+    ]
     words = [str(a) for a in arguments(world, out, "tied", "--loss", "dpo", "--epochs", 400)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command + words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command + words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").exists() or len(rows(out)) < 3:
         assert time.monotonic() < deadline and job.poll() is None

@@ -8,10 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from harness import flops
+from runtime import flops
 
-CONFIG = types.SimpleNamespace(hidden_size=6, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-                               num_hidden_layers=3, intermediate_size=10, vocab_size=50)
+CONFIG = types.SimpleNamespace(
+    hidden_size=6,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    num_hidden_layers=3,
+    intermediate_size=10,
+    vocab_size=50,
+)
 
 
 def test_a_pair_by_hand():
@@ -22,20 +29,41 @@ def test_a_pair_by_hand():
 
 
 def test_the_products_are_those_that_a_step_makes():
-    config = model.parse_config({"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
-                                 "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 90})
+    config = model.parse_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 90,
+        }
+    )
     net, ids = model.random_model(config), lambda n: np.arange(n, dtype=np.int32)
     pack = data.collate([data.Pair(ids(7), ids(5), ids(4), "a:1")])
     with FlopCounterMode(display=False) as counter:
         net(pack.tokens, pack).sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-    squares = 6 * 2 * 16 * (12 ** 2 + 11 ** 2 - 7 ** 2)
+    squares = 6 * 2 * 16 * (12**2 + 11**2 - 7**2)
     assert counted == flops.pair_flops(config, 7, 5, 4) - squares
 
 
-@pytest.mark.parametrize("name, peak", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA L40", 181e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200", 989e12),
-    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA T4", None), ("NVIDIA B2000", None)])
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA T4", None),
+        ("NVIDIA B2000", None),
+    ],
+)
 def test_the_peak_belongs_to_the_whole_word(name, peak):
     assert flops.peak_flops(name) == peak

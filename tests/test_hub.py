@@ -13,19 +13,26 @@ import urllib.parse
 import pytest
 from huggingface_hub import constants
 
-from harness import hub
-from harness.options import BadOption
+from files import hub
+from files.errors import BadInput
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = {
-    "config.json": b"config", "model.safetensors": b"weights", "tokenizer.json": b"pieces",
-    "chat_template.jinja": b"turns", "pytorch_model.bin": b"pickle", "modeling.py": b"program",
+    "config.json": b"config",
+    "model.safetensors": b"weights",
+    "tokenizer.json": b"pieces",
+    "chat_template.jinja": b"turns",
+    "pytorch_model.bin": b"pickle",
+    "modeling.py": b"program",
     "original/consolidated.safetensors": b"twice",
     "consolidated.safetensors": b"twice",
 }
 SHARDS = {
-    "data/train-00000-of-00002.parquet": b"t0", "data/train-00001-of-00002.parquet": b"t1",
-    "data/test-00000-of-00001.parquet": b"e0", "dataset_infos.json": b"{}", ".gitattributes": b"",
+    "data/train-00000-of-00002.parquet": b"t0",
+    "data/train-00001-of-00002.parquet": b"t1",
+    "data/test-00000-of-00001.parquet": b"e0",
+    "dataset_infos.json": b"{}",
+    ".gitattributes": b"",
 }
 README = b"""---
 license: mit
@@ -54,8 +61,11 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def fetched(self):
         """Names of the files whose content was sent."""
-        return {path.split("/resolve/")[1].split("/", 1)[1] for verb, path in self.asked
-                if verb == "GET" and "/resolve/" in path}
+        return {
+            path.split("/resolve/")[1].split("/", 1)[1]
+            for verb, path in self.asked
+            if verb == "GET" and "/resolve/" in path
+        }
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -89,16 +99,26 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self.send(404, {"X-Error-Code": "RevisionNotFound"})
         files, commit = revisions[name], commit_of(repo, name)
         if api and what == "revision":
-            return self.send(200, {}, json.dumps(
-                {"id": repo, "sha": commit, "siblings": [{"rfilename": file} for file in files]}).encode())
+            return self.send(
+                200,
+                {},
+                json.dumps({"id": repo, "sha": commit, "siblings": [{"rfilename": file} for file in files]}).encode(),
+            )
         if api and what == "tree":
             status = self.server.listings[0]
-            del self.server.listings[:len(self.server.listings) > 1]
+            del self.server.listings[: len(self.server.listings) > 1]
             if status != 200:
                 return self.send(status, {})
-            return self.send(200, {}, json.dumps(
-                [{"type": "file", "path": file, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                 for file, body in files.items()]).encode())
+            return self.send(
+                200,
+                {},
+                json.dumps(
+                    [
+                        {"type": "file", "path": file, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                        for file, body in files.items()
+                    ]
+                ).encode(),
+            )
         if rest not in files:
             return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         body = files[rest]
@@ -126,7 +146,8 @@ def server(monkeypatch, tmp_path):
         # Both are made of HF_ENDPOINT when huggingface_hub is imported.
         monkeypatch.setattr(constants, "ENDPOINT", made.url)
         monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}")
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield made
         made.shutdown()
@@ -140,8 +161,7 @@ def contents(paths):
 def test_model_comes_without_pickles_programs_and_second_copies(server):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     directory = hub.model_directory("org/tiny")
-    assert set(os.listdir(directory)) == {
-        "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
+    assert set(os.listdir(directory)) == {"chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
     assert contents([directory + "/model.safetensors"]) == [b"weights"]
     assert server.fetched() == set(os.listdir(directory))
 
@@ -171,83 +191,101 @@ def test_dataset_split_by_file_name(server):
 
 
 def test_dataset_split_by_readme(server):
-    files = {"README.md": README, "data/train_prefs-00000-of-00001.parquet": b"p",
-             "data/train_sft-00000-of-00001.parquet": b"s", "one.jsonl": b"1", "two.jsonl": b"2"}
+    files = {
+        "README.md": README,
+        "data/train_prefs-00000-of-00001.parquet": b"p",
+        "data/train_sft-00000-of-00001.parquet": b"s",
+        "one.jsonl": b"1",
+        "two.jsonl": b"2",
+    }
     server.repos["datasets", "org/pairs"] = {"main": files}
     assert contents(hub.data_files("org/pairs:train_prefs")) == [b"p"]
     assert contents(hub.data_files("org/pairs:test_prefs")) == [b"1", b"2"]
-    with pytest.raises(BadOption, match="no split 'train'; it has train_prefs, test_prefs"):
+    with pytest.raises(BadInput, match="no split 'train'; it has train_prefs, test_prefs"):
         hub.data_files("org/pairs")
 
 
-@pytest.mark.parametrize("files, split, expected", [
-    (["pairs.jsonl"], "train", ["pairs.jsonl"]),
-    (["pairs.jsonl", "dataset_infos.json"], "train", ["pairs.jsonl"]),
-    (["train.json", "train_extra.json"], "train", ["train.json"]),
-    (["train/a.jsonl", "train/b.jsonl", "dev/a.jsonl"], "train", ["train/a.jsonl", "train/b.jsonl"]),
-    (["my-train-1.jsonl", "my-test-1.jsonl", "restrained.jsonl"], "train", ["my-train-1.jsonl"]),
-    (["train.jsonl", "a/train-0-of-2.parquet", "a/train-1-of-2.parquet"], "train",
-     ["a/train-0-of-2.parquet", "a/train-1-of-2.parquet"]),
-    (["a.jsonl", "b.jsonl"], "train", "no data file of a split 'train'; its data files are: a.jsonl, b"),
-    (["pairs.jsonl"], "test", "no data file of a split 'test'"),
-    (["train.csv"], "train", "its data files are: none"),
-])
+@pytest.mark.parametrize(
+    "files, split, expected",
+    [
+        (["pairs.jsonl"], "train", ["pairs.jsonl"]),
+        (["pairs.jsonl", "dataset_infos.json"], "train", ["pairs.jsonl"]),
+        (["train.json", "train_extra.json"], "train", ["train.json"]),
+        (["train/a.jsonl", "train/b.jsonl", "dev/a.jsonl"], "train", ["train/a.jsonl", "train/b.jsonl"]),
+        (["my-train-1.jsonl", "my-test-1.jsonl", "restrained.jsonl"], "train", ["my-train-1.jsonl"]),
+        (
+            ["train.jsonl", "a/train-0-of-2.parquet", "a/train-1-of-2.parquet"],
+            "train",
+            ["a/train-0-of-2.parquet", "a/train-1-of-2.parquet"],
+        ),
+        (["a.jsonl", "b.jsonl"], "train", "no data file of a split 'train'; its data files are: a.jsonl, b"),
+        (["pairs.jsonl"], "test", "no data file of a split 'test'"),
+        (["train.csv"], "train", "its data files are: none"),
+    ],
+)
 def test_which_files_are_a_split(files, split, expected):
     if isinstance(expected, str):
-        with pytest.raises(BadOption, match=expected):
+        with pytest.raises(BadInput, match=expected):
             hub._split_files("org/pairs", files, "", split)
     else:
         assert hub._split_files("org/pairs", files, "", split) == expected
 
 
 def test_readme_with_several_configurations_is_refused():
-    readme = ("---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n"
-              "- config_name: fr\n  data_files: fr.jsonl\n---\n")
-    with pytest.raises(BadOption, match="several configurations .en, fr."):
+    readme = (
+        "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n- config_name: fr\n  data_files: fr.jsonl\n---\n"
+    )
+    with pytest.raises(BadInput, match="several configurations .en, fr."):
         hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], readme, "train")
     only = readme.split("- config_name: fr")[0] + "---\n"
     assert hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], only, "train") == ["en/a.jsonl"]
-    with pytest.raises(BadOption, match="en/a.csv is of a kind that is not read"):
+    with pytest.raises(BadInput, match="en/a.csv is of a kind that is not read"):
         hub._split_files("org/pairs", ["en/a.csv"], only.replace("*.jsonl", "**/*.csv"), "train")
 
 
-@pytest.mark.parametrize("call, name, message", [
-    (hub.model_directory, "org/none", "the Hub shows no such model; check the name"),
-    (hub.model_directory, "org/tiny@v9", "has no such revision"),
-    (hub.model_directory, "org/gated", "is gated; ask for access .* HF_TOKEN"),
-    (hub.model_directory, "org/pickled", "has no .safetensors weights"),
-    (hub.model_directory, "no/such/path", "there is no such directory, and it is no Hub id"),
-    (hub.model_directory, "org/a..b", "no Hub id"),
-    (hub.model_directory, __file__, "is a file; give the directory"),
-    (hub.data_files, "org/none", "the Hub shows no such dataset"),
-    (hub.data_files, "org/gated", "is gated"),
-    (hub.data_files, "data/none.jsonl", "there is no such file"),
-])
+@pytest.mark.parametrize(
+    "call, name, message",
+    [
+        (hub.model_directory, "org/none", "the Hub shows no such model; check the name"),
+        (hub.model_directory, "org/tiny@v9", "has no such revision"),
+        (hub.model_directory, "org/gated", "is gated; ask for access .* HF_TOKEN"),
+        (hub.model_directory, "org/pickled", "has no .safetensors weights"),
+        (hub.model_directory, "no/such/path", "there is no such directory, and it is no Hub id"),
+        (hub.model_directory, "org/a..b", "no Hub id"),
+        (hub.model_directory, __file__, "is a file; give the directory"),
+        (hub.data_files, "org/none", "the Hub shows no such dataset"),
+        (hub.data_files, "org/gated", "is gated"),
+        (hub.data_files, "data/none.jsonl", "there is no such file"),
+    ],
+)
 def test_errors_are_one_line_with_the_mend(server, call, name, message):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     server.repos["models", "org/pickled"] = {"main": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}}
     server.gated.add("org/gated")
-    with pytest.raises(BadOption, match=message) as caught:
+    with pytest.raises(BadInput, match=message) as caught:
         call(name)
     assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("listings, message", [
-    ([403], r"the Hub refuses access \(403\); log in with `hf auth login` or set a valid HF_TOKEN"),
-    ([410], r"the Hub answered 410; try again later, or give its files"),
-    ([200, 403], r"the Hub refuses access \(403\)"),
-])
+@pytest.mark.parametrize(
+    "listings, message",
+    [
+        ([403], r"the Hub refuses access \(403\); log in with `hf auth login` or set a valid HF_TOKEN"),
+        ([410], r"the Hub answered 410; try again later, or give its files"),
+        ([200, 403], r"the Hub refuses access \(403\)"),
+    ],
+)
 def test_a_hub_that_refuses_or_fails(server, listings, message):
     server.repos["datasets", "org/pairs"] = {"main": SHARDS}
     server.listings = listings
-    with pytest.raises(BadOption, match=message):
+    with pytest.raises(BadInput, match=message):
         hub.data_files("org/pairs")
 
 
 def test_a_cache_that_cannot_be_written(server, monkeypatch):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/none")
-    with pytest.raises(BadOption, match="be kept in the Hub cache: No such file or directory: /proc/none"):
+    with pytest.raises(BadInput, match="be kept in the Hub cache: No such file or directory: /proc/none"):
         hub.model_directory("org/tiny")
 
 
@@ -259,14 +297,17 @@ def test_without_network_the_cache_serves(server, monkeypatch):
     assert hub.model_directory("org/tiny") == model
     assert hub.data_files("org/pairs") == data
     for call, name in ((hub.model_directory, "org/other"), (hub.data_files, "org/other")):
-        with pytest.raises(BadOption, match="the Hub cannot be reached .* HF_HUB_OFFLINE, or give"):
+        with pytest.raises(BadInput, match="the Hub cannot be reached .* HF_HUB_OFFLINE, or give"):
             call(name)
 
 
 def test_endpoint_from_the_environment(server, tmp_path):
     server.repos["datasets", "org/pairs"] = {"main": {"train.jsonl": b"row"}}
     done = subprocess.run(
-        [sys.executable, "-c", "from harness import hub; print(open(*hub.data_files('org/pairs')).read())"],
-        cwd=ROOT, env={**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}, text=True,
-        capture_output=True)
+        [sys.executable, "-c", "from files import hub; print(open(*hub.data_files('org/pairs')).read())"],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
     assert (done.stdout.strip(), done.returncode) == ("row", 0), done.stderr

@@ -2,8 +2,13 @@
 
 from kill_train import kill_loop
 
-HARD = ["os.rename checkpoints/step-1.tmp", "os.rename guide.tmp", "os.rename checkpoints/step-5",
-        "os.rename cache/guide-.*", "os.rename policy.tmp"]
+HARD = [
+    "os.rename checkpoints/step-1.tmp",
+    "os.rename guide.tmp",
+    "os.rename checkpoints/step-5",
+    "os.rename cache/guide-.*",
+    "os.rename policy.tmp",
+]
 
 
 def test_a_run_killed_and_resumed_is_the_run_never_stopped(tmp_path):

@@ -1,4 +1,5 @@
 """derive.md, D11 to D16: the losses against numbers worked by hand, another DPO, and finite differences."""
+
 import itertools
 import math
 
@@ -53,7 +54,8 @@ def test_D11_worked_pair():
     assert loss.phi.item() == approx(0.5 * (1.4 * 1 + 0.8 * 0.5 - 0.5 * -0.4), abs=1e-14)
     assert quoted("D11", loss.losses.item()) == approx(log(1 + exp(-1.0)), abs=1e-14)
     assert (loss.dpo_margin.item(), loss.logratio_w.item(), loss.logratio_l.item()) == approx(
-        (quoted("D11", 0.95, 2), 1.5, -0.4), abs=1e-14)
+        (quoted("D11", 0.95, 2), 1.5, -0.4), abs=1e-14
+    )
     plain = tgdpo.dpo_loss(POLICY, REF, beta=0.5)
     assert quoted("D11", plain.losses.item()) == approx(log(1 + exp(-0.95)), abs=1e-14)
 
@@ -77,8 +79,8 @@ def test_D11_padding():
     other.losses.sum().backward()
     for tensor, roomy_tensor, mask in zip(policy, roomy, real):
         assert (tensor.grad[~mask] == 0).all() and (tensor.grad[mask] != 0).all()
-        assert (roomy_tensor.grad[:, mask.shape[1]:] == 0).all()
-        torch.testing.assert_close(roomy_tensor.grad[:, :mask.shape[1]], tensor.grad, rtol=0, atol=1e-15)
+        assert (roomy_tensor.grad[:, mask.shape[1] :] == 0).all()
+        torch.testing.assert_close(roomy_tensor.grad[:, : mask.shape[1]], tensor.grad, rtol=0, atol=1e-15)
     # Real tokens that only one of the two finds certain still count.
     ratios = tgdpo.token_log_ratios(pad([0.0, -1.0, 0.0]), pad([-2.0, 0.0, 0.0]))
     assert ratios.tolist() == [[2.0, -1.0, 0.0]]
@@ -88,7 +90,7 @@ def test_D11_each_pair_alone():
     policy, ref, guide = map(leaf, batch()[:3])
     loss = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     for b in range(6):
-        one = tgdpo.tgdpo_loss(*([t[b:b + 1] for t in pair] for pair in (policy, ref, guide)), 0.3, 0.8)
+        one = tgdpo.tgdpo_loss(*([t[b : b + 1] for t in pair] for pair in (policy, ref, guide)), 0.3, 0.8)
         for field, value in zip(loss, one):
             assert value.item() == approx(field[b].item(), abs=1e-15)
     loss.losses.mean().backward()
@@ -144,8 +146,7 @@ def test_D12_down_to_the_logits():
     for s, a in itertools.product(range(5), range(4)):
         step = torch.zeros_like(logits)
         step[s, a] = 1e-5
-        assert gradient[s, a].item() == approx((value(logits + step) - value(logits - step)).item() / 2e-5,
-                                                      abs=1e-9)
+        assert gradient[s, a].item() == approx((value(logits + step) - value(logits - step)).item() / 2e-5, abs=1e-9)
 
 
 def test_D12_worked_pair():
@@ -153,23 +154,22 @@ def test_D12_worked_pair():
     tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 1.0).losses.sum().backward()
     strength = 0.5 / (1 + exp(1.0))
     by_hand = [-strength * 1.4, -strength * 0.8, strength * 0.5]
-    assert torch.cat([t.grad[0] for t in policy]).tolist() == approx(
-        [quoted("D12", g) for g in by_hand], abs=1e-14)
+    assert torch.cat([t.grad[0] for t in policy]).tolist() == approx([quoted("D12", g) for g in by_hand], abs=1e-14)
 
 
 def test_D12_four_kinds_of_token():
     ref = pad([-1.0, -1.0, -1.0]), pad([-1.0, -1.0, -1.0])
-    guide = pad([-0.5, -1.0, -1.5]), pad([-0.5, -1.0, -1.5])    # good, neutral, bad on either side
+    guide = pad([-0.5, -1.0, -1.5]), pad([-0.5, -1.0, -1.5])  # good, neutral, bad on either side
     ours, dpo = leaf(ref), leaf(ref)
     loss, plain = tgdpo.tgdpo_loss(ours, ref, guide, 0.5, 1.0), tgdpo.dpo_loss(dpo, ref, 0.5)
     assert loss.losses.item() == plain.losses.item()
     loss.losses.sum().backward()
     plain.losses.sum().backward()
-    up_w, dpo_up_w = -ours[0].grad[0], -dpo[0].grad[0]      # what descent does to log pi
+    up_w, dpo_up_w = -ours[0].grad[0], -dpo[0].grad[0]  # what descent does to log pi
     up_l, dpo_up_l = -ours[1].grad[0], -dpo[1].grad[0]
     assert (dpo_up_w > 0).all() and (dpo_up_l < 0).all()
-    assert up_w[0] > dpo_up_w[0] and 0 < up_w[2] < dpo_up_w[2]          # good encouraged more, bad less
-    assert dpo_up_l[0] < up_l[0] < 0 and up_l[2] < dpo_up_l[2]          # good suppressed less, bad more
+    assert up_w[0] > dpo_up_w[0] and 0 < up_w[2] < dpo_up_w[2]  # good encouraged more, bad less
+    assert dpo_up_l[0] < up_l[0] < 0 and up_l[2] < dpo_up_l[2]  # good suppressed less, bad more
     assert up_w[1] == dpo_up_w[1] and up_l[1] == dpo_up_l[1]
     assert (up_w / dpo_up_w).tolist() == approx([1.25, 1.0, 0.75])
     assert (up_l / dpo_up_l).tolist() == approx([0.75, 1.0, 1.25])
@@ -177,16 +177,17 @@ def test_D12_four_kinds_of_token():
 
 def test_D13_negative_f():
     policy = leaf(POLICY)
-    loss = tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 6.0)       # f_w = (3.4, -0.2), f_l = -2
+    loss = tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 6.0)  # f_w = (3.4, -0.2), f_l = -2
     loss.losses.sum().backward()
     strength = 0.5 / (1 + exp(0.5 * (3.4 - 0.1 - 0.8)))
     signed = [-strength * 3.4, strength * 0.2, -strength * 2.0]
     assert loss.phi.item() == approx(quoted("D13", 1.25, 2), abs=1e-14)
-    assert torch.cat([t.grad[0] for t in policy]).tolist() == approx(
-        [quoted("D13", g) for g in signed], abs=1e-14)
+    assert torch.cat([t.grad[0] for t in policy]).tolist() == approx([quoted("D13", g) for g in signed], abs=1e-14)
     # The loss can go to 0 by making this chosen token impossible.
-    losses = [tgdpo.tgdpo_loss((pad([-1.0, -1.0 - far]), POLICY[1]), REF, GUIDE, 0.5, 6.0).losses.item()
-              for far in (0, 10, 100, 1000)]
+    losses = [
+        tgdpo.tgdpo_loss((pad([-1.0, -1.0 - far]), POLICY[1]), REF, GUIDE, 0.5, 6.0).losses.item()
+        for far in (0, 10, 100, 1000)
+    ]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 1e-40
 
 
@@ -198,10 +199,10 @@ def positive_share(r_hat_w, r_hat_l, alpha):
 def test_D13_by_hand():
     r_hat_w, r_hat_l = [0.5, -0.25, -0.1, 0.3, 0.0], [0.2, -0.6, 0.4, 0.05, 0.1]
     ask = lambda share: tgdpo.largest_alpha(pad(r_hat_w), pad(r_hat_l), share)
-    assert ask(1.0) == approx(quoted("D13", 1 / 0.4, 1))         # the rejected 0.4
-    assert ask(0.9) == approx(quoted("D13", 1 / 0.25, 1))        # then the chosen -0.25
+    assert ask(1.0) == approx(quoted("D13", 1 / 0.4, 1))  # the rejected 0.4
+    assert ask(0.9) == approx(quoted("D13", 1 / 0.25, 1))  # then the chosen -0.25
     assert ask(0.8) == approx(quoted("D13", 1 / 0.2, 1))
-    assert ask(0.85) == ask(0.9) and ask(0.4) == math.inf       # 0.5 and 0.3 chosen, 0, -0.6 rejected: never
+    assert ask(0.85) == ask(0.9) and ask(0.4) == math.inf  # 0.5 and 0.3 chosen, 0, -0.6 rejected: never
 
 
 def test_D13_by_counting():
@@ -223,7 +224,7 @@ def test_D13_limits():
     assert tgdpo.largest_alpha(none, none) == math.inf
     assert tgdpo.largest_alpha(torch.tensor([0.0, 1.0]), torch.tensor([[-1.0], [0.0]])) == math.inf
     assert tgdpo.largest_alpha(torch.tensor([-0.5]), none) == 2.0
-    assert tgdpo.largest_alpha(torch.tensor([-0.5, -1.0]), none, 1e-9) == 2.0     # a share of one token
+    assert tgdpo.largest_alpha(torch.tensor([-0.5, -1.0]), none, 1e-9) == 2.0  # a share of one token
     for share in (0.0, 1.1, -1.0, math.nan):
         with pytest.raises(ValueError, match="share"):
             tgdpo.largest_alpha(torch.ones(2), torch.ones(2), share)
@@ -237,7 +238,7 @@ def test_D14_special_cases():
     assert (dpo.phi == dpo.dpo_margin).all()
     for its_guide, alpha in ((guide, 0.0), (ref, 0.8)):
         special = tgdpo.tgdpo_loss(policy, ref, its_guide, 0.3, alpha)
-        assert all((ours == theirs).all() for ours, theirs in zip(special, dpo))      # to the last bit
+        assert all((ours == theirs).all() for ours, theirs in zip(special, dpo))  # to the last bit
     other = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     assert (other.losses - dpo.losses).abs().min() > 1e-3
     torch.testing.assert_close(other.dpo_margin, dpo.phi, rtol=0, atol=1e-15)
@@ -263,7 +264,7 @@ def test_D15_by_hand():
 
 def test_D15_uniform_reference():
     policy, _, _, lengths, real = batch()
-    uniform = tuple(-log(50) * mask.to(F64) for mask in real)       # a vocabulary of 50
+    uniform = tuple(-log(50) * mask.to(F64) for mask in real)  # a vocabulary of 50
     loss = tgdpo.simpo_loss(policy, lengths, 2.5, 1.375)
     for b in range(6):
         mean = [(policy[i][b].sum() - uniform[i][b].sum()).item() / int(lengths[i][b]) for i in (0, 1)]
@@ -297,15 +298,18 @@ def test_D16_wrong_way_round():
     assert sums[0] - sums[1] == approx(dpo.phi.item(), abs=1e-15) and dpo.phi.item() < 0
 
 
-@pytest.mark.parametrize("change, words", [
-    *((dict(beta=beta), "^beta") for beta in (0.0, -1.0, math.nan, math.inf)),
-    *((dict(alpha=alpha), "alpha") for alpha in (-0.1, math.nan, math.inf)),
-    (dict(guide_beta=0.0), "guide_beta"),
-    (dict(ref=(torch.zeros(2, 3), torch.zeros(2, 5))), "ref rejected.*2, 5"),
-    (dict(guide=(torch.zeros(2, 2), torch.zeros(2, 4))), "guide chosen.*2, 2"),
-    (dict(policy=(torch.zeros(2, 3), torch.zeros(1, 4))), "policy rejected.*1, 4"),
-    (dict(policy=(torch.zeros(3), torch.zeros(4))), "policy chosen"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        *((dict(beta=beta), "^beta") for beta in (0.0, -1.0, math.nan, math.inf)),
+        *((dict(alpha=alpha), "alpha") for alpha in (-0.1, math.nan, math.inf)),
+        (dict(guide_beta=0.0), "guide_beta"),
+        (dict(ref=(torch.zeros(2, 3), torch.zeros(2, 5))), "ref rejected.*2, 5"),
+        (dict(guide=(torch.zeros(2, 2), torch.zeros(2, 4))), "guide chosen.*2, 2"),
+        (dict(policy=(torch.zeros(2, 3), torch.zeros(1, 4))), "policy rejected.*1, 4"),
+        (dict(policy=(torch.zeros(3), torch.zeros(4))), "policy chosen"),
+    ],
+)
 def test_losses_refuse_what_cannot_be(change, words):
     pair = (torch.zeros(2, 3), torch.zeros(2, 4))
     good = dict(policy=pair, ref=pair, guide=pair, beta=0.1, alpha=0.5)
@@ -317,11 +321,14 @@ def test_losses_refuse_what_cannot_be(change, words):
 
 def test_dpo_and_simpo_refuse_what_cannot_be():
     pair = (torch.zeros(2, 3), torch.zeros(2, 4))
-    for call in (lambda: tgdpo.dpo_loss(pair, pair, 0.0), lambda: tgdpo.dpo_loss(pair, pair[::-1], 0.1),
-                 lambda: tgdpo.simpo_loss(pair, ([3, 3], [4, 4]), -2.5, 1.0),
-                 lambda: tgdpo.simpo_loss((pair[0], torch.zeros(3, 4)), ([3, 3], [4, 4, 4]), 2.5, 1.0),
-                 lambda: tgdpo.simpo_loss(pair, ([3, 0], [4, 4]), 2.5, 1.0),
-                 lambda: tgdpo.simpo_loss(pair, ([3], [4]), 2.5, 1.0)):
+    for call in (
+        lambda: tgdpo.dpo_loss(pair, pair, 0.0),
+        lambda: tgdpo.dpo_loss(pair, pair[::-1], 0.1),
+        lambda: tgdpo.simpo_loss(pair, ([3, 3], [4, 4]), -2.5, 1.0),
+        lambda: tgdpo.simpo_loss((pair[0], torch.zeros(3, 4)), ([3, 3], [4, 4, 4]), 2.5, 1.0),
+        lambda: tgdpo.simpo_loss(pair, ([3, 0], [4, 4]), 2.5, 1.0),
+        lambda: tgdpo.simpo_loss(pair, ([3], [4]), 2.5, 1.0),
+    ):
         with pytest.raises(ValueError):
             call()
 

@@ -11,29 +11,51 @@ import json
 import os
 import sys
 
+import launcher
 import pytest
 import torch
+from tiny_world import make_tokenizer
 
 import model
-import ranks
-from harness import memory
-from harness.options import Options
-from tiny_world import make_tokenizer
+from runtime import memory
+from runtime.options import Options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-M_MMAP_THRESHOLD, TENSOR = -3, 65536    # mallopt: blocks from so many bytes on are mapped by themselves
-LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 352,
-         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
-LLAMA_1B = LLAMA_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                       "head_dim": 64, "tie_word_embeddings": True}
+M_MMAP_THRESHOLD, TENSOR = -3, 65536  # mallopt: blocks from so many bytes on are mapped by themselves
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LLAMA_1B = LLAMA_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
 
 
 def test_the_plan_counts_the_logits_that_are_made():
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
-        assert model.chunk_rows(128256, device) * 128256 * 4 <= planned < (model.chunk_rows(128256, device) + 1) * 128256 * 4
+        assert (
+            model.chunk_rows(128256, device) * 128256 * 4
+            <= planned
+            < (model.chunk_rows(128256, device) + 1) * 128256 * 4
+        )
 
 
 def status(key):
@@ -79,19 +101,24 @@ def measured(world, fault, tiny, directory, *arguments):
     model, a path and the rank, writes what it measured to the path and ends. -> what each rank measured"""
     rows = [{"prompt": "p" * 41, "chosen": "c" * 119, "rejected": "r" * 119} for _ in range(16)]
     (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    statuses, printed = ranks.run(world, [
-        "--model", directory / "model", "--data", directory / "pairs.jsonl", "--out", directory / "out",
-        *arguments], directory / "log", functools.partial(fault, tiny, directory / "measured"))
+    statuses, printed = launcher.run(
+        world,
+        ["--model", directory / "model", "--data", directory / "pairs.jsonl", "--out", directory / "out", *arguments],
+        directory / "log",
+        functools.partial(fault, tiny, directory / "measured"),
+    )
     assert statuses == [0] * world, printed
     return [json.loads((directory / f"measured.{rank}").read_text()) for rank in range(world)]
 
 
 # --------------------------------------------------------------------------------------------------- the plan
 
+
 def measure_steps(tiny, path, rank):
     """Measures the peak of two steps above the size before the first model is made. What comes only once,
     code and the buffers of libraries, is brought into memory before that, by a step on the tiny model."""
     import train
+
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, TENSOR)
     sharded, optimiser_step, seen = train.sharded, train.optimiser_step, {}
 
@@ -123,27 +150,43 @@ WEIGHTS = {"hidden_size": 384, "intermediate_size": 1024}
 VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
 
 
-@pytest.mark.parametrize("world, config, pairs, recompute, more", [
-    (1, WEIGHTS, 1, "none", ["--loss", "dpo"]),     # with the reference read before
-    (2, WEIGHTS, 1, "full", []),
-    (1, {}, 8, "none", []),
-    (2, {}, 4, "selective", []),
-    (1, {"num_hidden_layers": 6}, 8, "full", []),
-    (1, VOCABULARY, 2, "none", []),
-    (2, VOCABULARY | {"tie_word_embeddings": True}, 1, "none", []),
-])
+@pytest.mark.parametrize(
+    "world, config, pairs, recompute, more",
+    [
+        (1, WEIGHTS, 1, "none", ["--loss", "dpo"]),  # with the reference read before
+        (2, WEIGHTS, 1, "full", []),
+        (1, {}, 8, "none", []),
+        (2, {}, 4, "selective", []),
+        (1, {"num_hidden_layers": 6}, 8, "full", []),
+        (1, VOCABULARY, 2, "none", []),
+        (2, VOCABULARY | {"tie_word_embeddings": True}, 1, "none", []),
+    ],
+)
 def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, tiny, tmp_path):
     """Where weights and optimiser, activations, or the head are most of it; two micro-batches a step. Wanted
     are 15 %; these cases stay within 10 %."""
     zeros(tmp_path / "model", **config)
-    for rank in measured(world, measure_steps, tiny, tmp_path, "--batch-size", 2 * pairs * world,
-                         "--micro-tokens", 300 * pairs, "--activation-checkpointing", recompute,
-                         "--epochs", 9, *(more or ["--loss", "simpo"])):
+    for rank in measured(
+        world,
+        measure_steps,
+        tiny,
+        tmp_path,
+        "--batch-size",
+        2 * pairs * world,
+        "--micro-tokens",
+        300 * pairs,
+        "--activation-checkpointing",
+        recompute,
+        "--epochs",
+        9,
+        *(more or ["--loss", "simpo"]),
+    ):
         assert sum(rank["planned"].values()) == pytest.approx(rank["used"], rel=0.1), rank
 
 
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True},
-                                    {"mlp_bias": True}, {"head_dim": 20}])
+@pytest.mark.parametrize(
+    "config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 20}]
+)
 def test_the_plan_counts_the_parameters(config):
     config = model.parse_config(LLAMA | config)
     with torch.device("meta"):
@@ -166,8 +209,8 @@ def test_what_is_chosen_on_a_gpu():
     assert plan(LLAMA_8B, 8, room=40e9).recompute == "selective"
     assert plan(LLAMA_8B, 8, room=32e9).recompute == "full"
     assert plan(LLAMA_8B, 8, micro_tokens=1024, longest=700).micro_tokens == 1024
-    assert plan(LLAMA_8B, 8, micro_tokens=1024).micro_tokens == 2400           # the longest pair must fit in
-    assert plan(LLAMA_8B, 1).micro_tokens == 2400                              # where nothing fits, the least
+    assert plan(LLAMA_8B, 8, micro_tokens=1024).micro_tokens == 2400  # the longest pair must fit in
+    assert plan(LLAMA_8B, 1).micro_tokens == 2400  # where nothing fits, the least
     assert plan(LLAMA_8B, 8, longest=20000).micro_tokens == 20000
     assert plan(LLAMA_8B, 8, activation_checkpointing="full").recompute == "full"
     assert sum(plan(LLAMA_8B, 1, cpu_offload=True).parts.values()) < memory.SHARE * 80e9
@@ -185,12 +228,13 @@ def test_the_table_for_other_numbers_of_ranks():
 # ----------------------------------------------------------------------------------------- loading and export
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 40000, "num_hidden_layers": 6}
-OVERHEAD = 8 << 20          # bytes beside shard and tensor: pieces under way, and what comes only once
+OVERHEAD = 8 << 20  # bytes beside shard and tensor: pieces under way, and what comes only once
 
 
 def measure_loading_and_export(tiny, path, rank):
     """Instead of training, measures the shard, and the peaks of loading and export above the size before."""
     import train
+
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, TENSOR)
 
     def loaded_and_exported(run, stage, directory):
@@ -207,7 +251,7 @@ def measure_loading_and_export(tiny, path, rank):
         os._exit(0)
 
     train.train = loaded_and_exported
-    train.cache.weights_digest = str        # reads all of the file, for seconds
+    train.cache.weights_digest = str  # reads all of the file, for seconds
 
 
 @pytest.mark.parametrize("world", [1, 2])

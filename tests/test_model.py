@@ -12,12 +12,29 @@ import transformers
 
 import data
 import model
+from files import weights
 
-BASE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16, "rope_theta": 500.0}
+BASE = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
 KINDS = {
     "llama": ("Llama", {}),
     "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
@@ -44,8 +61,9 @@ def oracle(kind, directory, **save):
 
 def random_pairs(lengths, vocab=101, seed=0):
     rng = np.random.default_rng(seed)
-    return [data.Pair(*(rng.integers(0, vocab, n).astype(np.int32) for n in row), f"x:{i}")
-            for i, row in enumerate(lengths)]
+    return [
+        data.Pair(*(rng.integers(0, vocab, n).astype(np.int32) for n in row), f"x:{i}") for i, row in enumerate(lengths)
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,14 +101,12 @@ def test_llama3_rope_frequencies_by_hand():
         # the second pair of a head of 4 has the frequency theta ** -0.5
         found = model.rope_frequencies(config(4, turning(turns) ** -2, LLAMA3))
         assert found[1].item() == pytest.approx(expected, rel=1e-5)
-    assert model.rope_frequencies(config(4, turning(4.5) ** -2, LLAMA3))[1].item() == pytest.approx(turning(4.5), rel=1e-5)
+    assert model.rope_frequencies(config(4, turning(4.5) ** -2, LLAMA3))[1].item() == pytest.approx(
+        turning(4.5), rel=1e-5
+    )
 
 
-LENGTHS = [
-    [(5, 7, 3)],
-    [(1, 1, 1)],
-    [(1, 9, 2), (12, 1, 1), (3, 4, 25), (30, 2, 8)],
-]
+LENGTHS = [[(5, 7, 3)], [(1, 1, 1)], [(1, 9, 2), (12, 1, 1), (3, 4, 25), (30, 2, 8)]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "window"])
@@ -125,16 +141,22 @@ def test_packed_attention_equals_one_dense_mask(window):
     pairs = random_pairs([(4, 6, 3), (1, 2, 9), (7, 1, 1)])
     pack = data.collate(pairs)
     N, generator = len(pack.tokens), torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(N, heads, 8, dtype=torch.float64, generator=generator).requires_grad_() for heads in (4, 2, 2))
-    owner = [(p, side) for p, pair in enumerate(pairs)
-             for side, part in enumerate((pair.prompt, pair.chosen, pair.rejected)) for _ in part]
+    q, k, v = (
+        torch.randn(N, heads, 8, dtype=torch.float64, generator=generator).requires_grad_() for heads in (4, 2, 2)
+    )
+    owner = [
+        (p, side)
+        for p, pair in enumerate(pairs)
+        for side, part in enumerate((pair.prompt, pair.chosen, pair.rejected))
+        for _ in part
+    ]
     sees = torch.zeros(N, N, dtype=torch.bool)
     for i, (p, side) in enumerate(owner):
         for j, (other, other_side) in enumerate(owner):
             if p == other and other_side in (0, side) and j <= i:
                 distance = int(pack.positions[i] - pack.positions[j])
                 sees[i, j] = window is None or distance < window
-    scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(2, 1)) / 8 ** 0.5
+    scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(2, 1)) / 8**0.5
     dense = torch.einsum("hnm,mhd->nhd", scores.masked_fill(~sees, -math.inf).softmax(-1), v.repeat_interleave(2, 1))
     packed = model.packed_attention(q, k, v, pack, window)
     torch.testing.assert_close(packed, dense)
@@ -202,11 +224,19 @@ def test_generate_takes_the_likeliest_token_and_stops(tmp_path):
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        expected.append(theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
-                                        eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist())
+        expected.append(
+            theirs.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
+        )
     assert model.generate(ours, prompts, 8, stop=set()) == expected
     stop = expected[0][2]
-    assert model.generate(ours, prompts[:1], 8, stop={stop}) == [expected[0][:expected[0].index(stop) + 1]]
+    assert model.generate(ours, prompts[:1], 8, stop={stop}) == [expected[0][: expected[0].index(stop) + 1]]
 
 
 @pytest.mark.parametrize("kind", ["tied", "llama3 rope"])
@@ -217,8 +247,15 @@ def test_export_loads_in_transformers(kind, tmp_path):
         for parameter in net.parameters():
             parameter.add_(0.01)
     (tmp_path / "note.txt").write_text("kept as it came")
-    model.save_model(str(tmp_path / "out"), str(tmp_path / "in"), {n: tuple(p.shape) for n, p in net.named_parameters()},
-                     iter(net.named_parameters()), torch.float32, [(tmp_path / "note.txt", "note.txt")], shard_bytes=15000)
+    weights.save_model(
+        str(tmp_path / "out"),
+        str(tmp_path / "in"),
+        {n: tuple(p.shape) for n, p in net.named_parameters()},
+        iter(net.named_parameters()),
+        torch.float32,
+        [(tmp_path / "note.txt", "note.txt")],
+        shard_bytes=15000,
+    )
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.randint(0, 101, (2, 30))
@@ -234,7 +271,7 @@ def test_export_loads_in_transformers(kind, tmp_path):
 
 def test_every_config_field_is_read_somewhere():
     root = pathlib.Path(model.__file__).parent
-    text = "".join(p.read_text() for p in [*root.glob("*.py"), *root.glob("harness/*.py")])
+    text = "".join(p.read_text() for p in [*root.glob("*.py"), *root.glob("files/*.py"), *root.glob("runtime/*.py")])
     body = text.split("class Config:")[1]
     for field in dataclasses.fields(model.Config):
         assert f".{field.name}" in body, field.name

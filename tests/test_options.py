@@ -9,8 +9,9 @@ import sys
 import pytest
 from torch.distributed.run import get_args_parser
 
-from harness import options
-from harness.options import BadOption, resolve
+from files.errors import BadInput
+from runtime import options
+from runtime.options import resolve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -28,6 +29,7 @@ def config(tmp_path):
         path = tmp_path / "my.toml"
         path.write_text(text, encoding="utf-8")
         return ["--config", str(path)]
+
     return write
 
 
@@ -75,7 +77,7 @@ def test_the_recipes_and_configs_loss_settings_stay_with_their_loss(config):
     given = config("beta = 0.4\nalpha = 1\nguide = 'org/guide'\n")
     got = resolve(given + ["--loss", "dpo"])
     assert (got.beta, got.alpha, got.guide) == (0.4, None, None)
-    with pytest.raises(BadOption, match="--alpha 1.0: --loss dpo has no use for it"):
+    with pytest.raises(BadInput, match="--alpha 1.0: --loss dpo has no use for it"):
         resolve(config("loss = 'dpo'\nalpha = 1\n"))
 
 
@@ -88,107 +90,139 @@ def test_lists(config):
 
 def test_switches(config):
     assert (resolve([]).compile, resolve(["--compile"]).compile, resolve(["--no-compile"]).compile) == (
-        None, True, False)
+        None,
+        True,
+        False,
+    )
     given = config("skip_bad_rows = true")
     assert resolve(given).skip_bad_rows and not resolve(given + ["--no-skip-bad-rows"]).skip_bad_rows
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--beta 0", "--beta 0: must be greater than 0"),
-    ("--beta -1", "--beta -1: must be greater than 0"),
-    ("--beta nan", "--beta nan: must be a finite number"),
-    ("--beta inf", "--beta inf: must be a finite number"),
-    ("--beta=-inf", "--beta -inf: must be a finite number"),
-    ("--beta high", "--beta high: must be a number"),
-    ("--beta", "--beta: expected one argument"),
-    ("--alpha -0.1", "--alpha -0.1: must be at least 0"),
-    ("--lr 0", "--lr 0: must be greater than 0"),
-    ("--epochs 0", "--epochs 0: must be at least 1"),
-    ("--epochs 1.5", "--epochs 1.5: must be a whole number"),
-    ("--batch-size 99999999999", "--batch-size 99999999999: must be at most 2147483647"),
-    ("--eval-fraction 1", "--eval-fraction 1: must be less than 1"),
-    ("--warmup-ratio 1.1", "--warmup-ratio 1.1: must be at most 1"),
-    ("--timeout-minutes 0", "--timeout-minutes 0: must be greater than 0"),
-    ("--loss tdpo", "--loss tdpo: must be one of tgdpo, dpo, simpo; the nearest is tgdpo"),
-    ("--schedule cosin", "--schedule cosin: must be one of cosine, linear, constant; the nearest is cosine"),
-    ("--guid-beta 1", "unknown option --guid-beta; the nearest is --guide-beta"),
-    ("--max_length 9", "unknown option --max_length; the nearest is --max-length"),
-    ("--batch 9", "unknown option --batch; the nearest is --batch-size"),
-    ("pairs.jsonl", "pairs.jsonl belongs to no option"),
-    ("--model=", '--model "": must not be empty'),
-    ("--name ../up", "--name ../up: must be a plain name"),
-    ("--max-length 100 --max-prompt-length 100", "--max-prompt-length 100: must be less than --max-length"),
-    ("--max-prompt-length 2048", "--max-prompt-length 2048: must be less than --max-length, which is 2048"),
-    ("--loss dpo --guide org/guide", "--guide org/guide: --loss dpo has no use for it"),
-    ("--loss simpo --guide-beta 1", "--guide-beta 1.0: --loss simpo has no use for it"),
-    ("--gamma 1", "--gamma 1.0: --loss tgdpo has no use for it"),
-    ("--resume --overwrite", "--resume and --overwrite: .* give one"),
-    ("--eval-data a/b --eval-fraction 0.1", "--eval-data and --eval-fraction: .* give one"),
-    ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
-    ("--config /", "--config /: is no file"),
-    ("--config /dev/zero", "--config /dev/zero: is no file"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--beta 0", "--beta 0: must be greater than 0"),
+        ("--beta -1", "--beta -1: must be greater than 0"),
+        ("--beta nan", "--beta nan: must be a finite number"),
+        ("--beta inf", "--beta inf: must be a finite number"),
+        ("--beta=-inf", "--beta -inf: must be a finite number"),
+        ("--beta high", "--beta high: must be a number"),
+        ("--beta", "--beta: expected one argument"),
+        ("--alpha -0.1", "--alpha -0.1: must be at least 0"),
+        ("--lr 0", "--lr 0: must be greater than 0"),
+        ("--epochs 0", "--epochs 0: must be at least 1"),
+        ("--epochs 1.5", "--epochs 1.5: must be a whole number"),
+        ("--batch-size 99999999999", "--batch-size 99999999999: must be at most 2147483647"),
+        ("--eval-fraction 1", "--eval-fraction 1: must be less than 1"),
+        ("--warmup-ratio 1.1", "--warmup-ratio 1.1: must be at most 1"),
+        ("--timeout-minutes 0", "--timeout-minutes 0: must be greater than 0"),
+        ("--loss tdpo", "--loss tdpo: must be one of tgdpo, dpo, simpo; the nearest is tgdpo"),
+        ("--schedule cosin", "--schedule cosin: must be one of cosine, linear, constant; the nearest is cosine"),
+        ("--guid-beta 1", "unknown option --guid-beta; the nearest is --guide-beta"),
+        ("--max_length 9", "unknown option --max_length; the nearest is --max-length"),
+        ("--batch 9", "unknown option --batch; the nearest is --batch-size"),
+        ("pairs.jsonl", "pairs.jsonl belongs to no option"),
+        ("--model=", '--model "": must not be empty'),
+        ("--name ../up", "--name ../up: must be a plain name"),
+        ("--max-length 100 --max-prompt-length 100", "--max-prompt-length 100: must be less than --max-length"),
+        ("--max-prompt-length 2048", "--max-prompt-length 2048: must be less than --max-length, which is 2048"),
+        ("--loss dpo --guide org/guide", "--guide org/guide: --loss dpo has no use for it"),
+        ("--loss simpo --guide-beta 1", "--guide-beta 1.0: --loss simpo has no use for it"),
+        ("--gamma 1", "--gamma 1.0: --loss tgdpo has no use for it"),
+        ("--resume --overwrite", "--resume and --overwrite: .* give one"),
+        ("--eval-data a/b --eval-fraction 0.1", "--eval-data and --eval-fraction: .* give one"),
+        ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
+        ("--config /", "--config /: is no file"),
+        ("--config /dev/zero", "--config /dev/zero: is no file"),
+    ],
+)
 def test_bad_flags_get_one_line(flags, message):
-    with pytest.raises(BadOption, match=message) as caught:
+    with pytest.raises(BadInput, match=message) as caught:
         resolve(flags.split())
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("bta = 1", "my.toml: unknown key bta; the nearest is beta"),
-    ("[train]\nbeta = 1", "unknown key train"),
-    ("beta = 'high'", "my.toml: beta = high: must be a number"),
-    ("beta = true", "beta = true: must be a number"),
-    ("beta = nan", "beta = nan: must be a finite number"),
-    ("beta = 0", "beta = 0: must be greater than 0"),
-    ("epochs = 1.0", "epochs = 1.0: must be a whole number"),
-    ("epochs = true", "epochs = true: must be a whole number"),
-    ("resume = 'yes'", "resume = yes: must be true or false"),
-    ("model = 3", "model = 3: must be a string"),
-    ("data = [1]", "data = .1.: must be a string or a list of strings"),
-    ("data = []", "data = ..: must be a string or a list of strings"),
-    ('model = "a\\u0000b"', r'model = "a\\u0000b": must not hold a NUL character'),
-    ("max-length = 9\nmax_length = 9", "max_length is given twice"),
-    ("seed = 1\nbeta = ?", "is not TOML: .*line 2"),
-    ("beta = 1" + "0" * 5000, "is not TOML|must be a finite number"),
-    ("beta = " + "[" * 100_000, "nested too deep|not TOML"),
-    ("#" * 2**20 + "##", "is larger than 1 MB"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("bta = 1", "my.toml: unknown key bta; the nearest is beta"),
+        ("[train]\nbeta = 1", "unknown key train"),
+        ("beta = 'high'", "my.toml: beta = high: must be a number"),
+        ("beta = true", "beta = true: must be a number"),
+        ("beta = nan", "beta = nan: must be a finite number"),
+        ("beta = 0", "beta = 0: must be greater than 0"),
+        ("epochs = 1.0", "epochs = 1.0: must be a whole number"),
+        ("epochs = true", "epochs = true: must be a whole number"),
+        ("resume = 'yes'", "resume = yes: must be true or false"),
+        ("model = 3", "model = 3: must be a string"),
+        ("data = [1]", "data = .1.: must be a string or a list of strings"),
+        ("data = []", "data = ..: must be a string or a list of strings"),
+        ('model = "a\\u0000b"', r'model = "a\\u0000b": must not hold a NUL character'),
+        ("max-length = 9\nmax_length = 9", "max_length is given twice"),
+        ("seed = 1\nbeta = ?", "is not TOML: .*line 2"),
+        ("beta = 1" + "0" * 5000, "is not TOML|must be a finite number"),
+        ("beta = " + "[" * 100_000, "nested too deep|not TOML"),
+        ("#" * 2**20 + "##", "is larger than 1 MB"),
+    ],
+)
 def test_bad_config_gets_one_line(config, text, message):
-    with pytest.raises(BadOption, match=message) as caught:
+    with pytest.raises(BadInput, match=message) as caught:
         resolve(config(text))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_bad_config_bytes(tmp_path):
     (tmp_path / "a.toml").write_bytes(b"model = '\xff'")
-    with pytest.raises(BadOption, match="is not UTF-8"):
+    with pytest.raises(BadInput, match="is not UTF-8"):
         resolve(["--config", str(tmp_path / "a.toml")])
     (tmp_path / "b.toml").write_bytes(b"\xef\xbb\xbfseed = 5\r\n")
     assert resolve(["--config", str(tmp_path / "b.toml")]).seed == 5
 
 
-@pytest.mark.parametrize("argv", [
-    ["--loss", "a\nb"], ["--lo\nss", "x"], ["a\x1b[31mb"], ["--config", "a\nb"], ["--out", "a\udcff"],
-    ["--beta", "9" * 1000 + "x"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--loss", "a\nb"],
+        ["--lo\nss", "x"],
+        ["a\x1b[31mb"],
+        ["--config", "a\nb"],
+        ["--out", "a\udcff"],
+        ["--beta", "9" * 1000 + "x"],
+    ],
+)
 def test_what_strangers_type_is_shown_not_sent(argv):
-    with pytest.raises(BadOption) as caught:
+    with pytest.raises(BadInput) as caught:
         resolve(argv)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 250
 
 
 def test_saved_config_gives_the_same_options_from_another_directory(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("päirs \"x\".jsonl", "tab\t\u202e\x7f\\.jsonl", "template", "model"):
+    for name in ('päirs "x".jsonl', "tab\t\u202e\x7f\\.jsonl", "template", "model"):
         (tmp_path / name).touch()
-    got = resolve(["--data", "päirs \"x\".jsonl", "tab\t\u202e\x7f\\.jsonl", "org/name:test", "--model",
-                   "model", "--lr", "1.25e-05", "--no-compile", "--chat-template", "template", "--guide",
-                   "org/guide"])
-    assert got.data == (
-        str(tmp_path / "päirs \"x\".jsonl"), str(tmp_path / "tab\t\u202e\x7f\\.jsonl"), "org/name:test")
+    got = resolve(
+        [
+            "--data",
+            'päirs "x".jsonl',
+            "tab\t\u202e\x7f\\.jsonl",
+            "org/name:test",
+            "--model",
+            "model",
+            "--lr",
+            "1.25e-05",
+            "--no-compile",
+            "--chat-template",
+            "template",
+            "--guide",
+            "org/guide",
+        ]
+    )
+    assert got.data == (str(tmp_path / 'päirs "x".jsonl'), str(tmp_path / "tab\t\u202e\x7f\\.jsonl"), "org/name:test")
     assert (got.model, got.guide, got.chat_template) == (
-        str(tmp_path / "model"), "org/guide", str(tmp_path / "template"))
+        str(tmp_path / "model"),
+        "org/guide",
+        str(tmp_path / "template"),
+    )
     text = options.to_toml(got)
     assert "\u202e" not in text and "\x7f" not in text
     (tmp_path / "else").mkdir()
@@ -196,8 +230,17 @@ def test_saved_config_gives_the_same_options_from_another_directory(config, tmp_
     assert resolve(config(text)) == got
 
 
-@pytest.mark.parametrize("flags", [[], ["--loss", "dpo"], ["--loss", "simpo"], ["--eval-fraction", "0.1"],
-                                   ["--data", "a/b"], ["--compile", "--hsdp", "4", "--skip-bad-rows"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--loss", "dpo"],
+        ["--loss", "simpo"],
+        ["--eval-fraction", "0.1"],
+        ["--data", "a/b"],
+        ["--compile", "--hsdp", "4", "--skip-bad-rows"],
+    ],
+)
 def test_saved_config_gives_the_same_options(config, flags):
     assert resolve(config(options.to_toml(resolve(flags)))) == resolve(flags)
 
@@ -233,8 +276,9 @@ def test_every_option_has_flag_help_and_group():
 
 
 def test_every_option_is_read():
-    read = "".join(path.read_text() for path in [ROOT / "train.py", *(ROOT / "harness").glob("*.py")]
-                   if path.name != "options.py")
+    read = "".join(
+        path.read_text() for path in [ROOT / "train.py", *(ROOT / "runtime").glob("*.py")] if path.name != "options.py"
+    )
     assert [name for name in options.FIELDS if not re.search(rf"options\.{name}\b", read)] == []
 
 
@@ -248,12 +292,20 @@ def test_no_option_is_a_strict_prefix_of_one_of_torchruns():
 
 
 def test_help_needs_no_torch_and_bad_options_end_early():
-    script = ("import sys; from harness import options; options.answer_early(sys.argv[1:]);"
-              "print([name for name in ('torch', 'numpy', 'huggingface_hub') if name in sys.modules])")
+    script = (
+        "import sys; from runtime import options; options.answer_early(sys.argv[1:]);"
+        "print([name for name in ('torch', 'numpy', 'huggingface_hub') if name in sys.modules])"
+    )
 
     def run(*argv):
-        return subprocess.run([sys.executable, "-c", script, *argv], cwd=ROOT, text=True, capture_output=True,
-                              env={**os.environ, "LC_ALL": "C"})
+        return subprocess.run(
+            [sys.executable, "-c", script, *argv],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+
     assert run("--seed", "1").stdout == "[]\n"
     helped = run("--help")
     assert helped.returncode == 0 and helped.stdout.startswith("usage: python train.py")

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness import options, processes
-from harness.options import BadOption
+from files.errors import BadInput
+from runtime import disk, options, outdir, process_group, signals
+from runtime.failures import Stopped
 
-FORK = multiprocessing.get_context("fork")      # a forked rank need not import torch again
+FORK = multiprocessing.get_context("fork")  # a forked rank need not import torch again
 
 
 def free_port():
@@ -25,8 +26,13 @@ def free_port():
 
 
 def environment(rank, world, port):
-    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port)}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 class Group:
@@ -37,8 +43,7 @@ class Group:
         port, self.ranks, self.pipes = free_port(), [], []
         for rank in range(world):
             ours, theirs = FORK.Pipe()
-            process = FORK.Process(
-                target=self.run, args=(rank, world, port, work, theirs, minutes), daemon=True)
+            process = FORK.Process(target=self.run, args=(rank, world, port, work, theirs, minutes), daemon=True)
             process.start()
             self.ranks.append(process)
             self.pipes.append(ours)
@@ -47,11 +52,11 @@ class Group:
         os.environ |= environment(rank, world, port)
         status = 1
         try:
-            ranks = processes.start(minutes, "cpu")
+            ranks = process_group.start(minutes, "cpu")
             work(ranks, pipe)
-            processes.stop()
+            process_group.stop()
             status = 0
-        except processes.Stopped as stopped:
+        except Stopped as stopped:
             status = stopped.status
         finally:
             os._exit(status)
@@ -78,6 +83,7 @@ def group():
     def start(*args, **kwargs):
         made.append(Group(*args, **kwargs))
         return made[-1]
+
     yield start
     for one in made:
         one.end()
@@ -86,34 +92,38 @@ def group():
 @pytest.fixture
 def alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    yield processes.start(1, "cpu")
-    processes.stop()
+    yield process_group.start(1, "cpu")
+    process_group.stop()
 
 
 # ------------------------------------------------------------------------------------------------ starting
 
+
 def test_one_process_needs_no_launcher_and_no_port(alone):
     assert alone[:3] == (0, 1, torch.device("cpu"))
-    assert processes.first(lambda: 42) == 42 and alone.signals.agreed() == 0
+    assert process_group.on_rank_0(lambda: 42) == 42 and alone.signals.agreed() == 0
     with pytest.raises(KeyError):
-        processes.first(lambda: {}["x"])
+        process_group.on_rank_0(lambda: {}["x"])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"RANK": "x"}, "RANK is 'x': must be a whole number"),
-    ({"RANK": "-1"}, "RANK is '-1': must be a whole number"),
-    ({"RANK": "2"}, "RANK is 2 but WORLD_SIZE is 2: start with torchrun"),
-    ({"MASTER_ADDR": None}, "RANK is set but MASTER_ADDR is not: start with torchrun, or unset RANK"),
-    ({"MASTER_PORT": None}, "RANK is set but MASTER_PORT is not"),
-    ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"RANK": "x"}, "RANK is 'x': must be a whole number"),
+        ({"RANK": "-1"}, "RANK is '-1': must be a whole number"),
+        ({"RANK": "2"}, "RANK is 2 but WORLD_SIZE is 2: start with torchrun"),
+        ({"MASTER_ADDR": None}, "RANK is set but MASTER_ADDR is not: start with torchrun, or unset RANK"),
+        ({"MASTER_PORT": None}, "RANK is set but MASTER_PORT is not"),
+        ({"RANK": None}, "WORLD_SIZE is 2 but RANK is not set"),
+    ],
+)
 def test_incomplete_environment(monkeypatch, change, message):
     for name, value in (environment(0, 2, 29999) | change).items():
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    with pytest.raises(BadOption, match=message):
-        processes.start(1, "cpu")
+    with pytest.raises(BadInput, match=message):
+        process_group.start(1, "cpu")
     assert not dist.is_initialized()
 
 
@@ -123,9 +133,12 @@ def test_a_rank_without_the_others_ends_in_time_with_one_line(monkeypatch, capfd
     for name, value in environment(rank, 2, port).items():
         monkeypatch.setenv(name, value)
     began = time.monotonic()
-    with pytest.raises(BadOption, match=f"rank {rank} of 2 found no complete group at 127.0.0.1:{port} "
-                                        "within 0.01 minutes: start all ranks with torchrun, or unset RANK"):
-        processes.start(0.01, "cpu")
+    with pytest.raises(
+        BadInput,
+        match=f"rank {rank} of 2 found no complete group at 127.0.0.1:{port} "
+        "within 0.01 minutes: start all ranks with torchrun, or unset RANK",
+    ):
+        process_group.start(0.01, "cpu")
     assert time.monotonic() - began < 5 and capfd.readouterr().err == ""
 
 
@@ -135,19 +148,20 @@ def test_port_in_use(monkeypatch):
         taken.listen()
         for name, value in environment(0, 1, taken.getsockname()[1]).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(BadOption, match=r"port \d+ of 127.0.0.1 is in use: set another MASTER_PORT"):
-            processes.start(0.05, "cpu")
+        with pytest.raises(BadInput, match=r"port \d+ of 127.0.0.1 is in use: set another MASTER_PORT"):
+            process_group.start(0.05, "cpu")
 
 
 def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
-    monkeypatch.setattr(processes, "GRACE", 0.5)
+    monkeypatch.setattr(process_group, "GRACE", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
 
         def join():
             os.environ |= environment(1, 2, silent.getsockname()[1])
-            processes.start(0.01, "cpu")
+            process_group.start(0.01, "cpu")
+
         lost = FORK.Process(target=join, daemon=True)
         lost.start()
         lost.join(10)
@@ -157,35 +171,37 @@ def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
 
 # ---------------------------------------------------------------------------------- what rank 0 does for all
 
+
 def test_first_gives_every_rank_rank_0s_result_or_error(group):
     class Unpicklable(Exception):
         def __init__(self, a, b):
             super().__init__(f"{a} and {b}")
 
     def refuse():
-        raise BadOption("data.jsonl: row 3 is bad")
+        raise BadInput("data.jsonl: row 3 is bad")
 
     def odd():
         raise Unpicklable("this", "that")
 
     def work(ranks, pipe):
-        got = [processes.first(lambda: ("from", ranks.rank))]
+        got = [process_group.on_rank_0(lambda: ("from", ranks.rank))]
         for fails in (refuse, odd):
             try:
-                processes.first(fails)
+                process_group.on_rank_0(fails)
             except Exception as error:
                 got.append((type(error).__name__, str(error)))
         pipe.send(got)
 
-    refused = ("BadOption", "data.jsonl: row 3 is bad")
+    refused = ("BadInput", "data.jsonl: row 3 is bad")
     assert group(2, work).told() == [
         [("from", 0), refused, ("Unpicklable", "this and that")],
-        [("from", 0), refused, ("RuntimeError", "Unpicklable: this and that")]]
+        [("from", 0), refused, ("RuntimeError", "Unpicklable: this and that")],
+    ]
 
 
 def test_the_others_wait_for_rank_0_longer_than_a_collective_may_take(group):
     def work(ranks, pipe):
-        pipe.send(processes.first(lambda: time.sleep(2.5) or "done"))
+        pipe.send(process_group.on_rank_0(lambda: time.sleep(2.5) or "done"))
 
     assert group(2, work, minutes=1 / 60).told() == ["done", "done"]
 
@@ -197,6 +213,7 @@ def test_together_goes_on_for_the_others_where_rank_0_fails_half_way(group):
                 total = torch.tensor(value + ranks.rank)
                 dist.all_reduce(total)
                 yield int(total)
+
         stream, seen = sums(), []
 
         def write():
@@ -204,7 +221,7 @@ def test_together_goes_on_for_the_others_where_rank_0_fails_half_way(group):
             raise OSError(errno.ENOSPC, "full")
 
         try:
-            processes.together(write, lambda: seen.extend(stream))
+            process_group.on_rank_0(write, lambda: seen.extend(stream))
         except OSError as error:
             pipe.send((seen, error.errno))
 
@@ -212,6 +229,7 @@ def test_together_goes_on_for_the_others_where_rank_0_fails_half_way(group):
 
 
 # ------------------------------------------------------------------------------------------------ signals
+
 
 def steps(ranks, pipe):
     """A training loop: steps of 50 ms until a signal is agreed on."""
@@ -243,7 +261,7 @@ def test_sigusr1_saves_and_goes_on(group, capfd):
     os.kill(second, signal.SIGUSR1)
     ends = ranks.told()
     assert ends[0] == ends[1] and ends[0][0] == "SIGUSR1"
-    assert ranks.told() == [first, second]      # both are at their next step
+    assert ranks.told() == [first, second]  # both are at their next step
     assert f"SIGUSR1: going on; step {ends[0][1]} is saved\n" in capfd.readouterr().err
     os.kill(first, signal.SIGTERM)
     assert ranks.told()[0][0] == "SIGTERM" and ranks.codes() == [143, 143]
@@ -251,7 +269,7 @@ def test_sigusr1_saves_and_goes_on(group, capfd):
 
 def test_a_stop_just_after_a_save_is_not_lost(group):
     ranks = group(1, steps)
-    pid, = ranks.told()
+    (pid,) = ranks.told()
     os.kill(pid, signal.SIGUSR1)
     time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
@@ -260,7 +278,7 @@ def test_a_stop_just_after_a_save_is_not_lost(group):
 
 def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group, capfd):
     ranks = group(1, steps)
-    pid, = ranks.told()
+    (pid,) = ranks.told()
     for _ in range(3):
         os.kill(pid, signal.SIGINT)
         time.sleep(0.002)
@@ -270,7 +288,7 @@ def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group, capfd):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_a_hanging_collective_at_once(group, monkeypatch, number, status):
-    monkeypatch.setattr(processes, "REPEAT", 0.2)
+    monkeypatch.setattr(signals, "REPEAT", 0.2)
 
     def hang(ranks, pipe):
         ranks.signals.agreed()
@@ -295,8 +313,8 @@ def test_before_there_is_anything_to_save_the_first_signal_ends_at_once(group):
         time.sleep(60)
 
     ranks = group(1, load)
-    pid, = ranks.told()
-    os.kill(pid, signal.SIGUSR1)    # asks for a checkpoint, not for an end
+    (pid,) = ranks.told()
+    os.kill(pid, signal.SIGUSR1)  # asks for a checkpoint, not for an end
     time.sleep(0.1)
     os.kill(pid, signal.SIGTERM)
     assert ranks.codes() == [143]
@@ -304,16 +322,17 @@ def test_before_there_is_anything_to_save_the_first_signal_ends_at_once(group):
 
 def test_handlers_are_given_back(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    before = [signal.getsignal(number) for number in processes.CAUGHT]
-    processes.start(1, "cpu")
-    assert [signal.getsignal(number) for number in processes.CAUGHT] != before
-    processes.stop()
-    processes.stop()
-    assert [signal.getsignal(number) for number in processes.CAUGHT] == before
+    before = [signal.getsignal(number) for number in signals.CAUGHT]
+    process_group.start(1, "cpu")
+    assert [signal.getsignal(number) for number in signals.CAUGHT] != before
+    process_group.stop()
+    process_group.stop()
+    assert [signal.getsignal(number) for number in signals.CAUGHT] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
 # -------------------------------------------------------------------------------------- the output directory
+
 
 def wanted(out, **changes):
     return dataclasses.replace(options.resolve([]), out=out and str(out), **changes)
@@ -321,12 +340,12 @@ def wanted(out, **changes):
 
 def test_names_are_numbered_until_new(alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    paths = [processes.claim(wanted(None)) for _ in range(3)]
+    paths = [outdir.claim(wanted(None)) for _ in range(3)]
     assert paths == [str(tmp_path / "runs" / name) for name in ("tgdpo", "tgdpo-2", "tgdpo-3")]
-    processes.stop()
-    processes.start(1, "cpu")
-    assert processes.claim(wanted(None, resume=True)) == paths[-1]
-    assert processes.claim(wanted(None, name="other", resume=True)) == str(tmp_path / "runs" / "other")
+    process_group.stop()
+    process_group.start(1, "cpu")
+    assert outdir.claim(wanted(None, resume=True)) == paths[-1]
+    assert outdir.claim(wanted(None, name="other", resume=True)) == str(tmp_path / "runs" / "other")
 
 
 def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_path):
@@ -338,58 +357,65 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (out / "guide").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BadOption, match=r"holds another run's results \(checkpoints, guide, policy, "
-                                        r"metrics.jsonl\); give --resume, --overwrite or another"):
-        processes.claim(wanted(out))
-    processes.stop()
-    processes.start(1, "cpu")
-    with pytest.raises(BadOption, match="--overwrite would remove .*policy, which this run reads"):
-        processes.clear(str(out), wanted(out, overwrite=True, model=str(out / "policy")))
-    processes.stop()
-    processes.start(1, "cpu")
-    processes.claim(wanted(out, resume=True))
+    with pytest.raises(
+        BadInput,
+        match=r"holds another run's results \(checkpoints, guide, policy, "
+        r"metrics.jsonl\); give --resume, --overwrite or another",
+    ):
+        outdir.claim(wanted(out))
+    process_group.stop()
+    process_group.start(1, "cpu")
+    with pytest.raises(BadInput, match="--overwrite would remove .*policy, which this run reads"):
+        outdir.clear(str(out), wanted(out, overwrite=True, model=str(out / "policy")))
+    process_group.stop()
+    process_group.start(1, "cpu")
+    outdir.claim(wanted(out, resume=True))
     assert (out / "metrics.jsonl").exists()
-    processes.stop()
-    processes.start(1, "cpu")
+    process_group.stop()
+    process_group.start(1, "cpu")
     (out / "guide.tmp").mkdir()
     (out / "policy.old").mkdir()
-    assert processes.claim(wanted(out, overwrite=True)) == str(out) and (out / "metrics.jsonl").exists()
-    processes.clear(str(out), wanted(out, overwrite=True))
+    assert outdir.claim(wanted(out, overwrite=True)) == str(out) and (out / "metrics.jsonl").exists()
+    outdir.clear(str(out), wanted(out, overwrite=True))
     assert sorted(os.listdir(out)) == [".lock", "cache", "notes.txt"]
     assert (out / "cache" / "ref.safetensors").exists() and (tmp_path / "elsewhere" / "kept").exists()
 
 
 def test_a_cache_alone_is_no_result(alone, tmp_path):
     (tmp_path / "cache").mkdir()
-    assert processes.claim(wanted(tmp_path)) == str(tmp_path)
+    assert outdir.claim(wanted(tmp_path)) == str(tmp_path)
 
 
 def test_two_runs_in_one_directory(monkeypatch, tmp_path, group):
     monkeypatch.delenv("RANK", raising=False)
+
     def hold(ranks, pipe):
-        pipe.send(processes.claim(wanted(tmp_path)))
+        pipe.send(outdir.claim(wanted(tmp_path)))
         time.sleep(60)
 
     ranks = group(1, hold)
     assert ranks.told() == [str(tmp_path)]
-    processes.start(1, "cpu")
-    with pytest.raises(BadOption, match=rf"another run is at work in it \(process {ranks.ranks[0].pid} on "):
-        processes.claim(wanted(tmp_path, resume=True))
-    ranks.end()     # SIGKILL: the lock goes with the process
-    assert processes.claim(wanted(tmp_path, resume=True)) == str(tmp_path)
-    processes.stop()
+    process_group.start(1, "cpu")
+    with pytest.raises(BadInput, match=rf"another run is at work in it \(process {ranks.ranks[0].pid} on "):
+        outdir.claim(wanted(tmp_path, resume=True))
+    ranks.end()  # SIGKILL: the lock goes with the process
+    assert outdir.claim(wanted(tmp_path, resume=True)) == str(tmp_path)
+    process_group.stop()
 
 
-@pytest.mark.parametrize("path, message", [
-    ("file", "file is a file; give a directory"),
-    ("file/out", "cannot be written: Not a directory"),
-    ("n" * 300, "cannot be written: File name too long"),
-    ("/proc/tgdpo/out", "/proc/tgdpo/out: cannot be written: No such file"),
-])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("file", "file is a file; give a directory"),
+        ("file/out", "cannot be written: Not a directory"),
+        ("n" * 300, "cannot be written: File name too long"),
+        ("/proc/tgdpo/out", "/proc/tgdpo/out: cannot be written: No such file"),
+    ],
+)
 def test_output_paths_that_cannot_be(alone, tmp_path, path, message):
     (tmp_path / "file").touch()
-    with pytest.raises(BadOption, match=message) as caught:
-        processes.claim(wanted(tmp_path / path))
+    with pytest.raises(BadInput, match=message) as caught:
+        outdir.claim(wanted(tmp_path / path))
     assert str(caught.value).startswith("--out ")
 
 
@@ -397,10 +423,10 @@ def test_no_write_permission(alone, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     root = os.geteuid() == 0
     if root:
-        os.seteuid(65534)       # root may write everywhere
+        os.seteuid(65534)  # root may write everywhere
     try:
-        with pytest.raises(BadOption, match="--out .*/closed: cannot be written: Permission denied; give"):
-            processes.claim(wanted(tmp_path / "closed"))
+        with pytest.raises(BadInput, match="--out .*/closed: cannot be written: Permission denied; give"):
+            outdir.claim(wanted(tmp_path / "closed"))
     finally:
         if root:
             os.seteuid(0)
@@ -411,10 +437,10 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
 
     def work(ranks, pipe):
-        out = processes.claim(wanted(None))
+        out = outdir.claim(wanted(None))
         try:
-            processes.claim(wanted(tmp_path / "file"))
-        except BadOption as error:
+            outdir.claim(wanted(tmp_path / "file"))
+        except BadInput as error:
             pipe.send((out, str(error)))
 
     told = group(2, work).told()
@@ -422,8 +448,11 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
 
 
 def test_space_is_asked_for_in_those_words(tmp_path):
-    processes.need_space(tmp_path / "not" / "yet", 1000, "checkpoint")
-    with pytest.raises(processes.NoSpace, match=rf"the disk that holds {tmp_path} has [\d.]+ GB free; the "
-                                                r"checkpoint needs 1000000000.00 GB") as caught:
-        processes.need_space(tmp_path / "not" / "yet", 10**18, "the checkpoint")
+    disk.need_space(tmp_path / "not" / "yet", 1000, "checkpoint")
+    with pytest.raises(
+        disk.NoSpace,
+        match=rf"the disk that holds {tmp_path} has [\d.]+ GB free; the "
+        r"checkpoint needs 1000000000.00 GB",
+    ) as caught:
+        disk.need_space(tmp_path / "not" / "yet", 10**18, "the checkpoint")
     assert isinstance(caught.value, OSError) and str(caught.value).startswith("the disk")

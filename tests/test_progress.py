@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from harness import progress
-from harness.progress import Metrics, Progress, say
+from runtime import progress
+from runtime.progress import Metrics, Progress, say
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def test_say_is_rank_0s_and_shows_what_would_steer_the_terminal(capsys):
     say("clear \x1b[2J, turn \u202e, ring \x07, hide \u200b, back \r")
     say("not mine", rank=1)
     assert capsys.readouterr().out == (
-        "grüße\tλ\nnext\nclear \\x1b[2J, turn \\u202e, ring \\x07, hide \\u200b, back \\r\n")
+        "grüße\tλ\nnext\nclear \\x1b[2J, turn \\u202e, ring \\x07, hide \\u200b, back \\r\n"
+    )
 
 
 def test_say_in_an_encoding_that_lacks_the_letters(monkeypatch):
@@ -123,7 +124,7 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     bar = Progress(4, "tgdpo")
     terminal.gone = True
     for _ in range(4):
-        bar.bar.last_print_t = 0     # as if it were long since the bar was drawn
+        bar.bar.last_print_t = 0  # as if it were long since the bar was drawn
         bar.advance()
     bar.close()
 
@@ -134,15 +135,30 @@ def rows(path):
 
 def test_metrics_are_json_whatever_the_figures(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    Metrics(path).write({"stage": "dpo", "step": 1, "loss": np.float32(0.5), "margin": float("nan"),
-                         "r_hat_max": np.float32("inf"), "eval": True})
+    Metrics(path).write(
+        {
+            "stage": "dpo",
+            "step": 1,
+            "loss": np.float32(0.5),
+            "margin": float("nan"),
+            "r_hat_max": np.float32("inf"),
+            "eval": True,
+        }
+    )
     Metrics(path, rank=1).write({"stage": "dpo", "step": 2})
     assert path.read_text().count("\n") == 1
 
     def refuse(constant):
         raise AssertionError(constant)
+
     assert json.loads(path.read_text(), parse_constant=refuse) == {
-        "stage": "dpo", "step": 1, "loss": 0.5, "margin": None, "r_hat_max": None, "eval": True}
+        "stage": "dpo",
+        "step": 1,
+        "loss": 0.5,
+        "margin": None,
+        "r_hat_max": None,
+        "eval": True,
+    }
 
 
 def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path):
@@ -165,7 +181,7 @@ def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path):
     killed = '{"stage": "tgdpo", "step": 4, "lo', '{"stage": "tgdpo", "step": 5}', "", ""
     for checkpoint, cut in zip((3, 5, 2, 0), killed):
         with open(stopped, "a") as file:
-            file.write(cut)     # the middle of a line, or all but its end
+            file.write(cut)  # the middle of a line, or all but its end
         train(stopped, checkpoint, 5)
         assert stopped.read_bytes() == whole.read_bytes(), checkpoint
     assert sorted(os.listdir(tmp_path)) == ["stopped.jsonl", "whole.jsonl"]
@@ -173,8 +189,7 @@ def test_metrics_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path):
 
 def test_metrics_of_an_earlier_stage_that_starts_again_take_the_later_ones_along(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "dpo", "step": 1}\n{"stage": "dpo", "step": 2}\n'
-                    '{"stage": "tgdpo", "step": 1}\n')
+    path.write_text('{"stage": "dpo", "step": 1}\n{"stage": "dpo", "step": 2}\n{"stage": "tgdpo", "step": 1}\n')
     Metrics(path, rank=1).keep_until("dpo", 0)
     assert len(rows(path)) == 3
     Metrics(path).keep_until("dpo", 1)

@@ -1,5 +1,5 @@
 """What the README shows is run: its commands, its rows, its links. The two commands at its head are what .ci/run and
-whoever clones the project run; here train.py's are started with a small model and small data in the named ones' place."""
+whoever clones the project run; here train.py's are started with a small model and small data instead."""
 
 import json
 import pathlib
@@ -7,10 +7,10 @@ import re
 import shlex
 
 import pytest
+from tiny_world import make_checkpoint
 
 import train
-from harness import options
-from tiny_world import make_checkpoint
+from runtime import options
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,18 +46,23 @@ def test_there_are_commands_to_run():
 @pytest.mark.parametrize("arguments", COMMANDS + commands(train.__doc__), ids=" ".join)
 def test_a_command_of_train_is_understood_and_shows_its_plan(world, tmp_path, arguments, capfd):
     stands_in = {"--model": str(world / "model"), "--data": str(world / "pairs.jsonl")}
-    if "--config" in arguments and "recipes" not in " ".join(arguments):      # the config.toml of a run
+    if "--config" in arguments and "recipes" not in " ".join(arguments):  # the config.toml of a run
         arguments = [word for word in arguments if word not in ("--config", "OUT/config.toml", "--resume")]
     options.resolve(arguments)
     arguments = [stands_in.get(before, word) for before, word in zip(["", *arguments], arguments)]
-    if "--config" in arguments:         # a recipe's settings, without its eval_data, which lies on the Hub
+    if "--config" in arguments:  # a recipe's settings, without its eval_data, which lies on the Hub
         recipe = options.read_toml(ROOT / arguments[arguments.index("--config") + 1])
         own = tmp_path / "recipe.toml"
-        own.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in recipe.items()
-                               if name not in ("model", "data", "eval_data")))
+        own.write_text(
+            "".join(
+                f"{name} = {json.dumps(value)}\n"
+                for name, value in recipe.items()
+                if name not in ("model", "data", "eval_data")
+            )
+        )
         arguments[arguments.index("--config") + 1] = str(own)
         arguments += ["--model", stands_in["--model"], "--data", stands_in["--data"]]
-    if "--hsdp" in arguments:           # groups of 8 ranks are refused to a lone one
+    if "--hsdp" in arguments:  # groups of 8 ranks are refused to a lone one
         arguments[arguments.index("--hsdp") + 1] = "1"
     assert train.main([*arguments, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     told = capfd.readouterr().out

@@ -1,4 +1,5 @@
 """The report page, of run directories made here: in an HTML parser and, where installed, in Chromium."""
+
 import base64
 import hashlib
 import html.parser
@@ -20,9 +21,36 @@ from report.text import UNSEEN, visible
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-WORDS = (" the", " cat", " sat", " quietly", " on", " a", " mat", ",", ".", "\n\n", " and", " said", " “",
-         "”", "hello", " 42", " of", " course", ":", " no", " yes", " blue", " small", "!", " tre", "es",
-         " run", "ning")
+WORDS = (
+    " the",
+    " cat",
+    " sat",
+    " quietly",
+    " on",
+    " a",
+    " mat",
+    ",",
+    ".",
+    "\n\n",
+    " and",
+    " said",
+    " “",
+    "”",
+    "hello",
+    " 42",
+    " of",
+    " course",
+    ":",
+    " no",
+    " yes",
+    " blue",
+    " small",
+    "!",
+    " tre",
+    "es",
+    " run",
+    "ning",
+)
 
 
 def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=60):
@@ -30,22 +58,41 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
     rng = np.random.default_rng(seed)
     out.mkdir(parents=True, exist_ok=True)
     likes = rng.normal(0, 4, len(words))
-    (out / "config.toml").write_text(f'loss = "{loss}"\nmodel = "example/tiny"\nbeta = 0.1\nalpha = 0.5\n'
-                                     'guide_beta = 1.0\nlr = 7e-7\nbatch_size = 32\ndata = ["pairs.jsonl"]\n')
+    (out / "config.toml").write_text(
+        f'loss = "{loss}"\nmodel = "example/tiny"\nbeta = 0.1\nalpha = 0.5\n'
+        'guide_beta = 1.0\nlr = 7e-7\nbatch_size = 32\ndata = ["pairs.jsonl"]\n'
+    )
     rows = []
     for stage in ("dpo", "tgdpo") if loss == "tgdpo" else (loss,):
         for step in range(1, steps + 1):
             done = 1 - math.exp(-3 * step / steps)
-            row = {"stage": stage, "step": step, "epoch": 1, "loss": 0.693 - 0.4 * done + rng.normal(0, 0.02),
-                   "margin": 0.9 * done, "dpo_margin": 0.9 * done,
-                   "accuracy": min(1, 0.5 + 0.4 * done + rng.normal(0, 0.03)),
-                   "logratio_chosen": -2 * done, "logratio_rejected": -11 * done,
-                   "lr": 7e-7 * math.cos(1.5 * step / steps), "grad_norm": 20 * rng.lognormal(0, 0.2),
-                   "tokens_per_second": 8000 + 200 * rng.normal()}
+            row = {
+                "stage": stage,
+                "step": step,
+                "epoch": 1,
+                "loss": 0.693 - 0.4 * done + rng.normal(0, 0.02),
+                "margin": 0.9 * done,
+                "dpo_margin": 0.9 * done,
+                "accuracy": min(1, 0.5 + 0.4 * done + rng.normal(0, 0.03)),
+                "logratio_chosen": -2 * done,
+                "logratio_rejected": -11 * done,
+                "lr": 7e-7 * math.cos(1.5 * step / steps),
+                "grad_norm": 20 * rng.lognormal(0, 0.2),
+                "tokens_per_second": 8000 + 200 * rng.normal(),
+            }
             if stage == "tgdpo":
-                row |= {"margin": 1.3 * done + rng.normal(0, 0.05), "f_nonpositive": 0.02 * done,
-                        "r_hat_mean": 0.01, "r_hat_std": 0.3, "r_hat_min": -2 + rng.normal(0, 0.2),
-                        "r_hat_max": 1.8, "f_mean": 1.0, "f_std": 0.15, "f_min": -0.1, "f_max": 2.1}
+                row |= {
+                    "margin": 1.3 * done + rng.normal(0, 0.05),
+                    "f_nonpositive": 0.02 * done,
+                    "r_hat_mean": 0.01,
+                    "r_hat_std": 0.3,
+                    "r_hat_min": -2 + rng.normal(0, 0.2),
+                    "r_hat_max": 1.8,
+                    "f_mean": 1.0,
+                    "f_std": 0.15,
+                    "f_min": -0.1,
+                    "f_max": 2.1,
+                }
             rows.append(row)
             if step % (steps // 6) == 0:
                 held_out = {key: value for key, value in row.items() if key not in ("lr", "grad_norm")}
@@ -54,29 +101,40 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
 
     with open(out / "tokens.jsonl", "w") as file:
         for number in range(pairs):
-            row = {"source": f"pairs.jsonl:{number + 1}",
-                   "prompt": f"<|user|>\nQuestion {number}: what did the cat do?<|assistant|>\n"}
+            row = {
+                "source": f"pairs.jsonl:{number + 1}",
+                "prompt": f"<|user|>\nQuestion {number}: what did the cat do?<|assistant|>\n",
+            }
             for side, sign in (("chosen", 0.5), ("rejected", -0.5)):
                 T = int(rng.integers(length // 2, length + 1))
                 ids = rng.integers(0, len(words), T)
                 ref = -rng.gamma(1.2, 1.5, T)
                 pull = 0.2 * likes[ids] * rng.normal(1, 0.5, T) + 0.1 * sign
-                row[side] = {"tokens": [words[i] for i in ids[:-1]] + ["<|end|>"],
-                             "policy": (ref + 0.7 * pull + rng.normal(0, 0.1, T)).round(5).tolist()}
+                row[side] = {
+                    "tokens": [words[i] for i in ids[:-1]] + ["<|end|>"],
+                    "policy": (ref + 0.7 * pull + rng.normal(0, 0.1, T)).round(5).tolist(),
+                }
                 if loss != "simpo":
                     row[side]["ref"] = ref.round(5).tolist()
                 if loss == "tgdpo":
                     row[side]["guide"] = (ref + pull).round(5).tolist()
             file.write(json.dumps(row) + "\n")
-    (out / "samples.json").write_text(json.dumps([
-        {"prompt": "What is <b>bold</b>?", "reference": "A tag.\n", "guide": "HTML", "policy": "Tag"}] * 3))
+    (out / "samples.json").write_text(
+        json.dumps([{"prompt": "What is <b>bold</b>?", "reference": "A tag.\n", "guide": "HTML", "policy": "Tag"}] * 3)
+    )
     drop = {"file": "pairs.jsonl", "row": 7, "reason": "empty response: chosen"}
     (out / "dropped.jsonl").write_text(f"{json.dumps(drop)}\n" * 2)
-    (out / "run.json").write_text(json.dumps({
-        "command": "python train.py --seed 0", "machine": {"device": "2 cores", "gpu": None},
-        "versions": {"torch": "2.13.0"},
-        "data": {"train": {"rows": 130, "kept": 128, "cut": 3, "dropped": 2}, "eval": {"rows": 24}},
-        "table": [{"model": "reference", "accuracy": 0.5}, {"model": "policy", "accuracy": 0.8125}]}))
+    (out / "run.json").write_text(
+        json.dumps(
+            {
+                "command": "python train.py --seed 0",
+                "machine": {"device": "2 cores", "gpu": None},
+                "versions": {"torch": "2.13.0"},
+                "data": {"train": {"rows": 130, "kept": 128, "cut": 3, "dropped": 2}, "eval": {"rows": 24}},
+                "table": [{"model": "reference", "accuracy": 0.5}, {"model": "policy", "accuracy": 0.8125}],
+            }
+        )
+    )
     return out
 
 
@@ -84,10 +142,12 @@ def one_pair(out, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\nguide-beta = 
     """A run of one pair with numbers small enough to check by hand."""
     out.mkdir(exist_ok=True)
     (out / "config.toml").write_text(config)
-    row = {"source": "a.jsonl:1", "prompt": "Q",
-           "chosen": {"tokens": ["yes", "<e>"], "ref": [-2, -1], "guide": [-1, -2], "policy": [-1, -1]},
-           "rejected": {"tokens": ["no", "!", "<e>"], "ref": [-1, -1, -1], "guide": [-3, -1, -1],
-                        "policy": [-2, -1, -3]}}
+    row = {
+        "source": "a.jsonl:1",
+        "prompt": "Q",
+        "chosen": {"tokens": ["yes", "<e>"], "ref": [-2, -1], "guide": [-1, -2], "policy": [-1, -1]},
+        "rejected": {"tokens": ["no", "!", "<e>"], "ref": [-1, -1, -1], "guide": [-3, -1, -1], "policy": [-2, -1, -3]},
+    }
     (out / "tokens.jsonl").write_text(json.dumps(row) + "\n")
     return out
 
@@ -99,16 +159,16 @@ def scored(out):
 
 
 def test_a_pair_by_hand(tmp_path):
-    pair, = scored(one_pair(tmp_path))
-    assert [part.tolist() for part in pair.reward] == [[0.25, -0.25], [-0.5, 0, 0]]   # 0.25 * (guide - ref)
+    (pair,) = scored(one_pair(tmp_path))
+    assert [part.tolist() for part in pair.reward] == [[0.25, -0.25], [-0.5, 0, 0]]  # 0.25 * (guide - ref)
     assert [part.tolist() for part in pair.weight] == [[1.5, 0.5], [2, 1, 1]]  # 1 + 2 r_hat, 1 - 2 r_hat
     assert pair.margin == 0.0 - -0.5
-    assert pair.plain == 0.5 * (1 - -3)                                               # moved: 1 0 and -1 0 -2
+    assert pair.plain == 0.5 * (1 - -3)  # moved: 1 0 and -1 0 -2
     assert pair.phi == 0.5 * (1.5 * 1 - (2 * -1 + 1 * -2))
 
 
 def test_without_a_guide_the_policy_is_the_reward(tmp_path):
-    pair, = scored(one_pair(tmp_path, config='loss = "dpo"\nbeta = 0.5\n'))
+    (pair,) = scored(one_pair(tmp_path, config='loss = "dpo"\nbeta = 0.5\n'))
     assert [part.tolist() for part in pair.reward] == [[0.5, 0], [-0.5, 0, -1]]
     assert [part.tolist() for part in pair.weight] == [[1, 1], [1, 1, 1]]
     assert pair.margin == pair.plain == pair.phi == 2.0
@@ -134,15 +194,22 @@ def test_simpo_has_no_reference(tmp_path):
 
 
 def test_guide_beta_is_beta_where_none_is_given(tmp_path):
-    pair, = scored(one_pair(tmp_path, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\n'))
+    (pair,) = scored(one_pair(tmp_path, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\n'))
     assert pair.reward[0].tolist() == [0.5, -0.5]
 
 
 def test_the_pairs_helped_most_and_least_and_those_the_guide_got_wrong():
     def pair(number, margin, plain, phi):
         return report.Scored(number, "", "", (), None, None, None, margin, plain, phi)
-    pairs = [pair(1, 1, 3, 4), pair(2, -2, 1, 5), pair(3, 0, 2, 2), pair(4, 5, 6, 5), pair(5, 1, 1, 3),
-             pair(6, 1, 0, 3)]                                      # phi - plain: 1, 4, 0, -1, 2, 3
+
+    pairs = [
+        pair(1, 1, 3, 4),
+        pair(2, -2, 1, 5),
+        pair(3, 0, 2, 2),
+        pair(4, 5, 6, 5),
+        pair(5, 1, 1, 3),
+        pair(6, 1, 0, 3),
+    ]  # phi - plain: 1, 4, 0, -1, 2, 3
     most, least, wrong = report.classes_of(pairs, True)
     assert (most["pairs"], least["pairs"], wrong["pairs"]) == ([2, 6, 5], [4, 3, 1], [3, 2])
     most, least, wrong = report.classes_of([p._replace(phi=None) for p in pairs], True)
@@ -179,8 +246,11 @@ def test_the_reward_is_correlated_with_length(tmp_path):
 
 
 def test_kinds_of_tokens():
-    kinds = {"other": (" the", "x.", "日", "<e>", ""), "white space": ("\n", " "),
-             "punctuation": (".", " (", "...", "+")}
+    kinds = {
+        "other": (" the", "x.", "日", "<e>", ""),
+        "white space": ("\n", " "),
+        "punctuation": (".", " (", "...", "+"),
+    }
     for kind, tokens in kinds.items():
         assert {figures.kind_of(token) for token in tokens} == {kind}
 
@@ -190,28 +260,40 @@ def test_distributions_hold_every_token(tmp_path):
     for title in ("Distribution of r̂", "Distribution of f"):
         assert [sum(series["y"]) for series in charts[title]["series"]] == pytest.approx([1, 1], abs=1e-3)
     mean_line = charts["Change of a token's log-ratio against its weight f"]["series"][2]
-    assert np.corrcoef(mean_line["x"], mean_line["y"])[0, 1] > 0.9     # make_run's policy follows its guide
+    assert np.corrcoef(mean_line["x"], mean_line["y"])[0, 1] > 0.9  # make_run's policy follows its guide
     band = charts["f by position"]["series"][1]
     assert all(low < mean < high for low, mean, high in zip(band["lo"], band["y"], band["hi"]))
 
 
 def test_curves_by_stage(tmp_path):
     make_run(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:         # a resumed run writes its last steps again
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # a resumed run writes its last steps again
         file.write(json.dumps({"stage": "tgdpo", "step": 60, "loss": 0.125, "lr": 1e-9}) + "\n")
     guide, policy = report.gather(tmp_path)["stages"]
     assert (guide["title"], policy["title"]) == ("Stage 1: the guide, trained with DPO", "Stage 2: TGDPO")
     assert [chart["title"] for chart in policy["charts"]] == [
-        "Loss", "Reward margin", "Accuracy (pairs with margin > 0)", "Log-ratio to the reference, summed",
-        "Share of tokens with f ≤ 0", "Gradient norm", "Learning rate", "Tokens per second",
-        "Token reward r̂ in the batch", "Weight f in the batch"]
+        "Loss",
+        "Reward margin",
+        "Accuracy (pairs with margin > 0)",
+        "Log-ratio to the reference, summed",
+        "Share of tokens with f ≤ 0",
+        "Gradient norm",
+        "Learning rate",
+        "Tokens per second",
+        "Token reward r̂ in the batch",
+        "Weight f in the batch",
+    ]
     assert not any("f ≤ 0" in chart["title"] or "r̂" in chart["title"] for chart in guide["charts"])
     loss = policy["charts"][0]["series"]
     assert [series["name"] for series in loss] == ["training", "held out"]
     assert loss[0]["x"] == list(range(1, 61)) and loss[1]["x"] == list(range(10, 61, 10))
     assert loss[0]["y"][-1] == 0.125
     assert [series["name"] for series in policy["charts"][1]["series"]] == [
-        "optimised φ, training", "optimised φ, held out", "plain DPO, training", "plain DPO, held out"]
+        "optimised φ, training",
+        "optimised φ, held out",
+        "plain DPO, training",
+        "plain DPO, held out",
+    ]
     assert [series["name"] for series in guide["charts"][1]["series"]] == ["training", "held out"]
 
 
@@ -238,12 +320,14 @@ def test_the_page_shows_what_there_is(tmp_path):
         (run / name).write_bytes(whole[name])
     (run / "tokens.jsonl").write_bytes(whole["tokens.jsonl"][:-40])
     (run / "metrics.jsonl").write_bytes(whole["metrics.jsonl"][:-40])
-    (run / "config.toml").write_bytes(whole["config.toml"][:len(b'loss = "tgdpo"\nmodel = "exa')])
+    (run / "config.toml").write_bytes(whole["config.toml"][: len(b'loss = "tgdpo"\nmodel = "exa')])
     data = report.gather(run)
     assert [pair["n"] for pair in data["pairs"]] == [1, 2, 3]
-    assert data["notes"] == ["1 line(s) of metrics.jsonl could not be read and are left out.",
-                             "1 line(s) of tokens.jsonl could not be read and are left out.",
-                             "config.toml does not give beta, alpha; assumed: beta 0.1, alpha 0.5."]
+    assert data["notes"] == [
+        "1 line(s) of metrics.jsonl could not be read and are left out.",
+        "1 line(s) of tokens.jsonl could not be read and are left out.",
+        "config.toml does not give beta, alpha; assumed: beta 0.1, alpha 0.5.",
+    ]
     for name in FILES:
         (run / name).unlink()
     empty = report.gather(run)
@@ -307,18 +391,81 @@ def test_data_counts_settings_machine_and_command(tmp_path):
 
 # --- nothing that a token holds acts on the page --------------------------------------------------
 
+
 def awkward_tokens():
     """Some thousand tokens that a page could trip over."""
-    fragments = ["<", ">", "&", '"', "'", "`", "</script>", "<script>alert(1)</script>", "<!--", "-->", "]]>",
-                 "\\", "<img src=x onerror=alert(1)>", "&lt;", "&#60;", "javascript:alert(1)", "\\u003c",
-                 "${1}", "{{DATA}}", "__proto__", "constructor", "</style>", "</textarea>",
-                 "<svg/onload=alert(1)>", "%3Cscript%3E", "'-alert(1)-'", "Ġthe", "Ċ", "▁a", "<0x0A>",
-                 "<|endoftext|>", "🙂", "👨‍👩‍👧", "🇩🇪", "❤️",
-                 "é", "e\u0301", "\u0301", "日本", "العربية", "עברית", "\ufffd",
-                 "a\u0300" * 60, "=" * 300, " " * 128, ""]
-    codes = [*range(0x20), *range(0x7F, 0xA1), 0xAD, 0x61C, *range(0x2000, 0x2010), *range(0x2028, 0x2030),
-             *range(0x205F, 0x2070), 0x3000, 0x3164, 0xD800, 0xDBFF, 0xDC00, 0xDFFF, 0xE000, 0xFE0F, 0xFEFF,
-             0xFFF9, 0xFFFE, 0xE0001, 0xE0041, 0xE0100, 0x10FFFF]
+    fragments = [
+        "<",
+        ">",
+        "&",
+        '"',
+        "'",
+        "`",
+        "</script>",
+        "<script>alert(1)</script>",
+        "<!--",
+        "-->",
+        "]]>",
+        "\\",
+        "<img src=x onerror=alert(1)>",
+        "&lt;",
+        "&#60;",
+        "javascript:alert(1)",
+        "\\u003c",
+        "${1}",
+        "{{DATA}}",
+        "__proto__",
+        "constructor",
+        "</style>",
+        "</textarea>",
+        "<svg/onload=alert(1)>",
+        "%3Cscript%3E",
+        "'-alert(1)-'",
+        "Ġthe",
+        "Ċ",
+        "▁a",
+        "<0x0A>",
+        "<|endoftext|>",
+        "🙂",
+        "👨‍👩‍👧",
+        "🇩🇪",
+        "❤️",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "日本",
+        "العربية",
+        "עברית",
+        "\ufffd",
+        "a\u0300" * 60,
+        "=" * 300,
+        " " * 128,
+        "",
+    ]
+    codes = [
+        *range(0x20),
+        *range(0x7F, 0xA1),
+        0xAD,
+        0x61C,
+        *range(0x2000, 0x2010),
+        *range(0x2028, 0x2030),
+        *range(0x205F, 0x2070),
+        0x3000,
+        0x3164,
+        0xD800,
+        0xDBFF,
+        0xDC00,
+        0xDFFF,
+        0xE000,
+        0xFE0F,
+        0xFEFF,
+        0xFFF9,
+        0xFFFE,
+        0xE0001,
+        0xE0041,
+        0xE0100,
+        0x10FFFF,
+    ]
     byte_level = [chr(code) for code in range(0x21, 0x180)]
     controls = [chr(code) for code in codes]
     return fragments + controls + byte_level + [a + b for a in fragments for b in fragments + controls[::2]]
@@ -330,17 +477,18 @@ def awkward_run(out, tokens):
     rows = []
     for i, row in enumerate(report.read_rows(run / "tokens.jsonl")[0]):
         for start, side in zip((400 * i, 400 * i + 200), figures.SIDES):
-            part = tokens[start:start + 200] + ["<|end|>"]
+            part = tokens[start : start + 200] + ["<|end|>"]
             logps = {key: [-1 - k / 100 for k in range(len(part))] for key in ("ref", "guide", "policy")}
             row[side] = {"tokens": part, **logps}
-        row |= {"prompt": "".join(tokens[50 * i:50 * i + 50]), "source": tokens[i]}
+        row |= {"prompt": "".join(tokens[50 * i : 50 * i + 50]), "source": tokens[i]}
         rows.append(json.dumps(row))
     (run / "tokens.jsonl").write_text("\n".join(rows))
     bad = "".join(tokens[:200])
     (run / "samples.json").write_text(json.dumps([{"prompt": bad, bad: bad, "__proto__": bad}]))
     (run / "dropped.jsonl").write_text(json.dumps({"file": bad, "row": 1, "reason": bad}))
-    (run / "run.json").write_text(json.dumps({
-        "command": bad, "machine": {bad: bad}, "data": {bad: {bad: bad}}, "table": [{bad: bad}]}))
+    (run / "run.json").write_text(
+        json.dumps({"command": bad, "machine": {bad: bad}, "data": {bad: {bad: bad}}, "table": [{bad: bad}]})
+    )
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"stage": bad, "step": 1, "loss": 1.0}) + "\n")
     return run
@@ -359,7 +507,7 @@ class Tags(html.parser.HTMLParser):
 
 def hidden(text):
     """The characters of text that show nothing, or more than themselves."""
-    unseen = UNSEEN - {0xFE0F}          # an emoji may keep it
+    unseen = UNSEEN - {0xFE0F}  # an emoji may keep it
     return {hex(ord(c)) for c in set(text) if not c.isprintable() and c not in "\n\t" or ord(c) in unseen}
 
 
@@ -398,7 +546,7 @@ def test_the_page_runs_and_loads_nothing_else(tmp_path):
     for kind, pattern in (("script", r"<script>(.*?)</script>"), ("style", r"<style>(.*?)</style>")):
         digest = hashlib.sha256(re.search(pattern, text, re.S)[1].encode()).digest()
         assert f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
-    assert set(re.findall(r"https?://[^\"'\s]*", text)) == {"http://www.w3.org/2000/svg"}     # not fetched
+    assert set(re.findall(r"https?://[^\"'\s]*", text)) == {"http://www.w3.org/2000/svg"}  # not fetched
     script = (ROOT / "report" / "page.js").read_text(encoding="utf-8")
     ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|fetch\(|XMLHttp"
     assert not re.search(ways, script)
@@ -419,10 +567,21 @@ def test_contrast(mode):
     """WCAG AA: 4.5 for text, also on the strongest colours of the heat map; 3 for lines."""
     style = (ROOT / "report" / "page.css").read_text(encoding="utf-8")
     block = re.findall(r":root \{(.*?)\}", style, re.S)[mode]
-    colour = {name: tuple(int(value[i:i + 2], 16) / 255 for i in (0, 2, 4))
-              for name, value in re.findall(r"--(\w+): #(\w{6});", block)}
-    for pair in ("ink paper", "ink back", "muted paper", "muted back", "accent back", "ink warn",
-                 "paper accent", "blue paper", "orange paper"):
+    colour = {
+        name: tuple(int(value[i : i + 2], 16) / 255 for i in (0, 2, 4))
+        for name, value in re.findall(r"--(\w+): #(\w{6});", block)
+    }
+    for pair in (
+        "ink paper",
+        "ink back",
+        "muted paper",
+        "muted back",
+        "accent back",
+        "ink warn",
+        "paper accent",
+        "blue paper",
+        "orange paper",
+    ):
         assert contrast(*(colour[name] for name in pair.split())) >= 4.5, pair
     for name in ("more", "less"):
         strongest = tuple(0.6 * a + 0.4 * b for a, b in zip(colour[name], colour["paper"]))
@@ -432,6 +591,7 @@ def test_contrast(mode):
 
 
 # --- the file -------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def big_page(tmp_path_factory):
@@ -443,8 +603,10 @@ def big_page(tmp_path_factory):
         for _ in range(200):
             for side in figures.SIDES:
                 logps = np.round(-rng.gamma(1.2, 1.5, (3, 400)), 5).tolist()
-                row[side] = {"tokens": [f" word{i}" for i in rng.integers(0, 8000, 400)],
-                             **dict(zip(("ref", "guide", "policy"), logps))}
+                row[side] = {
+                    "tokens": [f" word{i}" for i in rng.integers(0, 8000, 400)],
+                    **dict(zip(("ref", "guide", "policy"), logps)),
+                }
             file.write(json.dumps(row | {"prompt": "What? " * 300}) + "\n")
     return report.write(run)
 
@@ -472,6 +634,7 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(report.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         report.write(run)
@@ -493,26 +656,41 @@ def test_the_command(tmp_path):
 
 # --- in a browser ---------------------------------------------------------------------------------
 
+
 class Browser:
     """Headless Chromium through chromedriver's HTTP interface (W3C WebDriver)."""
 
     def __init__(self, profile):
         self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(match[1] for match in (re.search(r"started successfully on port (\d+)", line)
-                                           for line in self.driver.stdout) if match)
+        port = next(
+            match[1]
+            for match in (re.search(r"started successfully on port (\d+)", line) for line in self.driver.stdout)
+            if match
+        )
         self.base = f"http://127.0.0.1:{port}"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
-        wanted = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
-                  "goog:chromeOptions": {"args": flags, "binary": shutil.which("chromium")}}
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+        ]
+        wanted = {
+            "browserName": "chrome",
+            "goog:loggingPrefs": {"browser": "ALL"},
+            "goog:chromeOptions": {"args": flags, "binary": shutil.which("chromium")},
+        }
         session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self.base += "/session/" + session["sessionId"]
 
     def call(self, method, path, body=None):
         content = json.dumps(body or {}).encode() if method == "POST" else None
-        request = urllib.request.Request(self.base + path, content, {"Content-Type": "application/json"},
-                                         method=method)
+        request = urllib.request.Request(self.base + path, content, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
@@ -570,7 +748,13 @@ def test_in_a_browser(browser, tmp_path):
     data = report.gather(run)
     browser.open(page)
     assert browser.run("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == [
-        "Final evaluation", "Curves", "Tokens", "What moved", "Samples", "The run"]
+        "Final evaluation",
+        "Curves",
+        "Tokens",
+        "What moved",
+        "Samples",
+        "The run",
+    ]
     charts = sum(len(stage["charts"]) for stage in data["stages"]) + len(data["moved"]["charts"])
     assert browser.run(COUNT, "figure .plot svg") == charts
 
@@ -581,9 +765,12 @@ def test_in_a_browser(browser, tmp_path):
     assert 0 < len(wrong) < 24 and browser.run(NUMBERS) == wrong
     browser.click("button[data-key='all']")
     for wanted, found in (("question 17:", [18]), ("#7", [7]), ("no such text", []), ("2", [2])):
-        browser.run("""const find = document.getElementById('find');
+        browser.run(
+            """const find = document.getElementById('find');
                        find.value = arguments[0];
-                       find.dispatchEvent(new Event('input'))""", wanted)
+                       find.dispatchEvent(new Event('input'))""",
+            wanted,
+        )
         assert browser.run(NUMBERS) == found
 
     # token by token, by keyboard
@@ -595,9 +782,14 @@ def test_in_a_browser(browser, tmp_path):
     number = lambda text: float(text.replace("−", "-").rstrip("%").split(" (")[0])
     response, reward, weight = pair.responses[0], pair.reward[0], pair.weight[0]
     assert tip["token"] == f"3 of {len(response.tokens)}"
-    for name, value in (("r̂", reward[2]), ("weight f", weight[2]), ("log π_ref", response.ref[2]),
-                        ("log π_guide", response.guide[2]), ("log π (policy)", response.policy[2]),
-                        ("log π/π_ref", pair.moved[0][2])):
+    for name, value in (
+        ("r̂", reward[2]),
+        ("weight f", weight[2]),
+        ("log π_ref", response.ref[2]),
+        ("log π_guide", response.guide[2]),
+        ("log π (policy)", response.policy[2]),
+        ("log π/π_ref", pair.moved[0][2]),
+    ):
         assert number(tip[name]) == pytest.approx(value, rel=2e-3), name
     assert number(tip["share of Σ|f|"]) == pytest.approx(100 * abs(weight[2]) / abs(weight).sum(), abs=0.006)
     browser.press(END, UP)
@@ -653,7 +845,7 @@ def test_a_big_page_opens_quickly(browser, big_page):
     began = time.monotonic()
     browser.open(big_page)
     browser.click(".list [data-pair='2']")
-    assert browser.run(COUNT, ".tok") == 800        # one pair at a time is drawn
+    assert browser.run(COUNT, ".tok") == 800  # one pair at a time is drawn
     assert time.monotonic() - began < 8
     assert browser.log() == []
 

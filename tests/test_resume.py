@@ -7,17 +7,31 @@ import signal
 import time
 from pathlib import Path
 
+import launcher
 import pytest
 import torch
 from safetensors.torch import load_file
-
-import ranks
-import train
-from harness import processes
 from tiny_world import TEMPLATE, make_checkpoint, make_pairs
 
-SETTINGS = ["--beta", "0.3", "--lr", "2e-3", "--epochs", "2", "--batch-size", "4", "--max-length", "128",
-            "--samples", "0", "--eval-every", "2"]
+import train
+from runtime import outdir, process_group
+
+SETTINGS = [
+    "--beta",
+    "0.3",
+    "--lr",
+    "2e-3",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--max-length",
+    "128",
+    "--samples",
+    "0",
+    "--eval-every",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +46,18 @@ def world(tmp_path_factory):
 
 
 def arguments(world, out, *more):
-    return ["--model", str(world / "start"), "--data", str(world / "pairs.jsonl"),
-            "--eval-data", str(world / "held_out.jsonl"), "--out", str(out), *SETTINGS, *map(str, more)]
+    return [
+        "--model",
+        str(world / "start"),
+        "--data",
+        str(world / "pairs.jsonl"),
+        "--eval-data",
+        str(world / "held_out.jsonl"),
+        "--out",
+        str(out),
+        *SETTINGS,
+        *map(str, more),
+    ]
 
 
 def rows(out):
@@ -81,7 +105,7 @@ def test_stopped_after_every_step(world, tmp_path):
     out = tmp_path / "out"
     assert run_and_stop(world, out, "dpo", 1) == 143
     for _ in range(4):
-        assert run_and_stop(world, out, "dpo", 1, signal.SIGINT, "--resume") == 130     # one more step each time
+        assert run_and_stop(world, out, "dpo", 1, signal.SIGINT, "--resume") == 130  # one more step each time
     assert run_and_stop(world, out, "tgdpo", 1, signal.SIGTERM, "--resume") == 143
     assert train.main(arguments(world, out, "--resume")) == 0
     assert_bit_equal(out, world / "whole")
@@ -121,7 +145,7 @@ def test_a_resumed_run_keeps_no_more_checkpoints_than_asked(world, tmp_path):
         shutil.copytree(out / "checkpoints/step-6", out / "checkpoints" / name)
     assert train.main(arguments(world, out, "--resume", "--keep", 2)) == 0
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-5", "step-6"]
-    os.rename(out / "checkpoints/step-6", out / "checkpoints/step-6.old")   # killed between a save's renames
+    os.rename(out / "checkpoints/step-6", out / "checkpoints/step-6.old")  # killed between a save's renames
     assert train.main(arguments(world, out, "--resume", "--keep", 1)) == 0
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-6.old"]
 
@@ -143,7 +167,7 @@ def test_an_overwrite_that_was_killed_resumes_as_from_the_start(world, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         train.main(arguments(world, out, "--overwrite"))
     monkeypatch.undo()
-    processes.stop()
+    process_group.stop()
     assert train.main(arguments(world, out, "--resume")) == 0
     assert_bit_equal(out, world / "whole")
     assert not list(out.glob("*.tmp"))
@@ -165,13 +189,12 @@ def test_what_stood_stands_until_the_new_is_whole(world, tmp_path, monkeypatch):
     """A resumed run that is killed while it writes the settings or the policy again loses neither."""
     out = tmp_path / "out"
     shutil.copytree(world / "whole", out)
-    for name, words, kept in (("replace", "config.toml.tmp", "config.toml"),
-                              ("rename", "policy.tmp", "policy.old")):
+    for name, words, kept in (("replace", "config.toml.tmp", "config.toml"), ("rename", "policy.tmp", "policy.old")):
         interrupt(monkeypatch, name, words)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments(world, out, "--resume"))
         monkeypatch.undo()
-        processes.stop()
+        process_group.stop()
         one, other = out / kept, world / "whole" / kept.removesuffix(".old")
         if kept == "config.toml":
             assert one.read_text() == other.read_text()
@@ -200,11 +223,12 @@ def test_a_finished_run_resumed_is_itself_and_uses_the_cache(world, tmp_path, ca
 
 def test_another_number_of_ranks_resumes_within_rounding(world, tmp_path):
     out = tmp_path / "out"
-    stop = lambda count, step, *more: ranks.run(count, arguments(world, out, *more), tmp_path / "log",
-                                                {2: stop_at_2, 1: stop_at_1}[step])
+    stop = lambda count, step, *more: launcher.run(
+        count, arguments(world, out, *more), tmp_path / "log", {2: stop_at_2, 1: stop_at_1}[step]
+    )
     assert stop(2, 2)[0] == [143, 143]
     assert stop(1, 1, "--resume")[0] == [143]
-    statuses, printed = ranks.run(4, arguments(world, out, "--resume"), tmp_path / "log")
+    statuses, printed = launcher.run(4, arguments(world, out, "--resume"), tmp_path / "log")
     assert statuses == [0] * 4, printed
     for a, b in zip(rows(world / "whole"), rows(out), strict=True):
         assert (a["stage"], a["step"]) == (b["stage"], b["step"]) and b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -252,9 +276,13 @@ def test_another_run_is_refused_by_the_name_of_what_differs(world, tmp_path, cap
     make_pairs(tmp_path / "other.jsonl", 10, seed=7)
     (tmp_path / "template.jinja").write_text(TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}A chat. "))
     base = arguments(world, out, "--resume")
-    for flag, value, words in (("--data", tmp_path / "other.jsonl", ["data ("]), ("--model", tmp_path / "other", ["model ("]),
-                               ("--loss", "dpo", ["loss (tgdpo there, dpo here)"]), ("--beta", 0.5, ["beta (0.3 there, 0.5 here)"]),
-                               ("--chat-template", tmp_path / "template.jinja", ["chat template ("])):
+    for flag, value, words in (
+        ("--data", tmp_path / "other.jsonl", ["data ("]),
+        ("--model", tmp_path / "other", ["model ("]),
+        ("--loss", "dpo", ["loss (tgdpo there, dpo here)"]),
+        ("--beta", 0.5, ["beta (0.3 there, 0.5 here)"]),
+        ("--chat-template", tmp_path / "template.jinja", ["chat template ("]),
+    ):
         capfd.readouterr()
         refused(capfd, 2, ["another run", *words], base + [flag, str(value)])
     assert before == sorted((str(p), p.stat().st_size) for p in out.rglob("*"))
@@ -291,7 +319,9 @@ def test_a_cache_that_does_not_fit_is_never_used(world, change, tmp_path, capfd)
             os.rename(file, file.with_name("ref-" + "0" * 32 + ".safetensors"))
     assert train.main(arguments(world, tmp_path / "out")) == 0
     printed = capfd.readouterr().out
-    assert "log-probs of the ref are in the cache" not in printed and "log-probs of the guide are in the cache" in printed
+    assert (
+        "log-probs of the ref are in the cache" not in printed and "log-probs of the guide are in the cache" in printed
+    )
     assert ("is not used" in printed) == (change == "cut")
     assert_bit_equal(tmp_path / "out", world / "whole")
 
@@ -303,11 +333,15 @@ def test_the_cache_of_another_truncation_or_type_is_not_used(world, change, tmp_
     assert "in the cache" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda guide: flip(guide / "model.safetensors"), "holds other weights than stage 1 exported"),
-    (lambda guide: (guide / "config.json").unlink(), "the guide is damaged: "),
-    (lambda guide: (guide / "model.safetensors").unlink(), "the guide is damaged: "),
-    (shutil.rmtree, "is gone, by which the policy is trained")])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda guide: flip(guide / "model.safetensors"), "holds other weights than stage 1 exported"),
+        (lambda guide: (guide / "config.json").unlink(), "the guide is damaged: "),
+        (lambda guide: (guide / "model.safetensors").unlink(), "the guide is damaged: "),
+        (shutil.rmtree, "is gone, by which the policy is trained"),
+    ],
+)
 def test_a_guide_that_is_not_what_stage_1_exported_is_refused(world, damage, words, tmp_path, capfd):
     out = tmp_path / "out"
     assert run_and_stop(world, out, "tgdpo", 2) == 143
@@ -346,7 +380,20 @@ def test_damaged_metrics_lose_no_other_row(world, tmp_path, capfd):
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(world, tmp_path, capfd):
     out = tmp_path / "out"
-    more = "--loss", "dpo", "--lr", "1e38", "--weight-decay", "10", "--epochs", "1", "--batch-size", "64", "--schedule", "constant"
+    more = (
+        "--loss",
+        "dpo",
+        "--lr",
+        "1e38",
+        "--weight-decay",
+        "10",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "64",
+        "--schedule",
+        "constant",
+    )
     assert train.main(arguments(world, out, *more)) == 1
     err = capfd.readouterr().err
     assert "the weights are no longer finite; the last checkpoint is none" in err and err.count("\n") == 1, err
@@ -368,4 +415,4 @@ def test_the_run_that_was_started_last_goes_on(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.toml").touch()
         os.utime(tmp_path / "runs" / name / "config.toml", (second, second))
-    assert processes._numbered(str(tmp_path / "runs" / "tgdpo"), True) == str(tmp_path / "runs" / "tgdpo-2")
+    assert outdir._numbered(str(tmp_path / "runs" / "tgdpo"), True) == str(tmp_path / "runs" / "tgdpo-2")

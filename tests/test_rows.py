@@ -1,4 +1,5 @@
 """Rows of every accepted form, truncation, drops and their counts."""
+
 import json
 import sys
 
@@ -8,11 +9,13 @@ from tiny_tokenizers import llama3, row, write_rows
 from tokenizers import normalizers
 
 import data
+from files.errors import BadInput
+from files.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return data.load_tokenizer(llama3(tmp_path_factory.mktemp("model")))
+    return load_tokenizer(llama3(tmp_path_factory.mktemp("model")))
 
 
 def load(tokenizer, path, *rows):
@@ -34,32 +37,57 @@ ONE_TURN, WITH_SYSTEM, TURNS = "user:Hi", "system:Be kind.|user:Hi", "user:Hi|as
 FORMS = {
     "strings": (row(), ONE_TURN),
     "instruction": ({"instruction": "Hi", "chosen": "hello", "rejected": "there"}, ONE_TURN),
-    "instruction and input": ({"instruction": "Add", "input": "1", "chosen": "hello", "rejected": "there"},
-                              "user:Add\n1"),
+    "instruction and input": (
+        {"instruction": "Add", "input": "1", "chosen": "hello", "rejected": "there"},
+        "user:Add\n1",
+    ),
     "prompt and query": (row("Add", query="1", input=""), "user:Add\n1"),
     "prompt and system": (row(system="Be kind."), WITH_SYSTEM),
     "null fields": (row(input=None, system=None, instruction=None, conversations=None), ONE_TURN),
     "lists with the prompt": ({"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, ONE_TURN),
-    "UltraFeedback": (row("Hi", [USER, CHOSEN], [USER, REJECTED], prompt_id="a", messages=[USER, CHOSEN],
-                          score_chosen=8.5), ONE_TURN),
-    "lists with system and turns": ({"chosen": [SYSTEM, *EARLIER, CHOSEN],
-                                     "rejected": [SYSTEM, *EARLIER, REJECTED]}, "system:Be kind.|" + TURNS),
+    "UltraFeedback": (
+        row("Hi", [USER, CHOSEN], [USER, REJECTED], prompt_id="a", messages=[USER, CHOSEN], score_chosen=8.5),
+        ONE_TURN,
+    ),
+    "lists with system and turns": (
+        {"chosen": [SYSTEM, *EARLIER, CHOSEN], "rejected": [SYSTEM, *EARLIER, REJECTED]},
+        "system:Be kind.|" + TURNS,
+    ),
     "prompt as messages, replies as lists": (row(EARLIER, [CHOSEN], [REJECTED]), TURNS),
     "prompt as messages, replies as strings": (row([SYSTEM, USER]), WITH_SYSTEM),
     "prompt as messages, replies with it": (row([USER], [USER, CHOSEN], [USER, REJECTED]), ONE_TURN),
     "a list and a string": (row([USER], [CHOSEN], "there"), ONE_TURN),
-    "ShareGPT": ({"conversations": [{"from": "system", "value": "Be kind."},
-                                    {"from": "human", "value": "Hi"}],
-                  "chosen": {"from": "gpt", "value": "hello"},
-                  "rejected": {"from": "gpt", "value": "there"}}, WITH_SYSTEM),
-    "ShareGPT and system": ({"conversations": [{"from": "human", "value": "Hi"}], "system": "Be kind.",
-                             "chosen": {"from": "gpt", "value": "hello"}, "rejected": "there"}, WITH_SYSTEM),
-    "text parts": (row([said("user", [part("H"), part("i")])], [said("assistant", [part("hello")])],
-                       [REJECTED]), ONE_TURN),
-    "LLaMA-Factory v1": ({"chosen_messages": [said("user", [part("Hi", "value")], loss_weight=0.0),
-                                              said("assistant", [part("hello", "value")], loss_weight=1.0)],
-                          "rejected_messages": [said("user", [part("Hi", "value")]),
-                                                said("assistant", [part("there", "value")])]}, ONE_TURN),
+    "ShareGPT": (
+        {
+            "conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "hello"},
+            "rejected": {"from": "gpt", "value": "there"},
+        },
+        WITH_SYSTEM,
+    ),
+    "ShareGPT and system": (
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "system": "Be kind.",
+            "chosen": {"from": "gpt", "value": "hello"},
+            "rejected": "there",
+        },
+        WITH_SYSTEM,
+    ),
+    "text parts": (
+        row([said("user", [part("H"), part("i")])], [said("assistant", [part("hello")])], [REJECTED]),
+        ONE_TURN,
+    ),
+    "LLaMA-Factory v1": (
+        {
+            "chosen_messages": [
+                said("user", [part("Hi", "value")], loss_weight=0.0),
+                said("assistant", [part("hello", "value")], loss_weight=1.0),
+            ],
+            "rejected_messages": [said("user", [part("Hi", "value")]), said("assistant", [part("there", "value")])],
+        },
+        ONE_TURN,
+    ),
     "arrow's union of fields": (row([said("user", "Hi", **{"from": None, "value": None})]), ONE_TURN),
 }
 
@@ -76,9 +104,12 @@ def test_files_of_every_kind_give_the_same_pairs(tmp_path, tokenizer):
     rows = [row(f"Hi\u2028\x85{i}", "hello \u2029", "there") for i in range(3)]
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     files = {
-        "plain.jsonl": b"\n".join(lines), "bom.jsonl": b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n",
-        "crlf.jsonl": b"\r\n".join(lines), "array.json": b" [" + b",\n".join(lines) + b"]\n",
-        "array.jsonl": b"\xef\xbb\xbf\n[" + b",".join(lines) + b"]", "lines.json": b"\n".join(lines),
+        "plain.jsonl": b"\n".join(lines),
+        "bom.jsonl": b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n",
+        "crlf.jsonl": b"\r\n".join(lines),
+        "array.json": b" [" + b",\n".join(lines) + b"]\n",
+        "array.jsonl": b"\xef\xbb\xbf\n[" + b",".join(lines) + b"]",
+        "lines.json": b"\n".join(lines),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -97,8 +128,7 @@ def test_rows_of_a_file_of_lines_are_its_lines(tmp_path, tokenizer):
 
 
 def test_several_files_are_read_one_after_another(tmp_path, tokenizer):
-    files = [write_rows(tmp_path / "a.jsonl", row(), row(chosen=" ")),
-             write_rows(tmp_path / "b.json", [row()])]
+    files = [write_rows(tmp_path / "a.jsonl", row(), row(chosen=" ")), write_rows(tmp_path / "b.json", [row()])]
     pairs, counts = data.load_pairs(files, tokenizer, 1000, 900)
     assert [pair.source for pair in pairs] == [f"{files[0]}:1", f"{files[1]}:1"]
     assert counts == data.Counts(3, 2, 0, 0, [{"file": str(files[0]), "row": 2, "reason": "empty response"}])
@@ -117,7 +147,7 @@ def test_long_responses_are_cut_at_the_end(tmp_path, tokenizer):
     room = len(whole.chosen)
     for lost in (0, 1, 3):
         (pair,), counts = data.load_pairs([path], tokenizer, len(whole.prompt) + room - lost, 900)
-        assert pair.chosen.tolist() == whole.chosen[:room - lost].tolist()
+        assert pair.chosen.tolist() == whole.chosen[: room - lost].tolist()
         assert pair.rejected.tolist() == whole.rejected.tolist()
         assert pair.prompt.tolist() == whole.prompt.tolist()
         assert counts.cut == (lost > 0)
@@ -144,8 +174,9 @@ def test_drops_are_counted_and_listed(tmp_path, tokenizer):
     ]
     path = str(write_rows(tmp_path / "a.jsonl", *(value for value, _ in rows)))
     pairs, counts = data.load_pairs([path], tokenizer, limit, limit)
-    assert counts.dropped == [{"file": path, "row": i, "reason": reason}
-                              for i, (_, reason) in enumerate(rows, 1) if reason]
+    assert counts.dropped == [
+        {"file": path, "row": i, "reason": reason} for i, (_, reason) in enumerate(rows, 1) if reason
+    ]
     assert (counts.rows, counts.kept, counts.cut) == (12, 1, 0)
     assert [pair.source for pair in pairs] == [path + ":1"]
 
@@ -157,7 +188,7 @@ def test_no_text_becomes_a_control_token_as_the_tokenizer_normalises(tmp_path):
     for token in state["added_tokens"]:
         token["normalized"] = True
     (directory / "tokenizer.json").write_text(json.dumps(state))
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     wide = "\uff1c\uff5ceot\uff3fid\uff5c\uff1e"
     assert normalizers.NFKC().normalize_str(wide) == "<|eot_id|>"
     rows = [row(), row(wide), row(chosen="x " + wide), row(rejected=wide + wide)]
@@ -167,30 +198,33 @@ def test_no_text_becomes_a_control_token_as_the_tokenizer_normalises(tmp_path):
 
 
 def test_no_pair_left(tmp_path, tokenizer):
-    with pytest.raises(data.BadData) as error:
+    with pytest.raises(BadInput) as error:
         load(tokenizer, tmp_path / "a.jsonl", row(chosen=""), row(rejected=""), row(chosen="there"))
-    said = ("no pair is left of 3 rows: 2 empty response, 1 equal responses; "
-            "give other data, or longer --max-length and --max-prompt-length")
+    said = (
+        "no pair is left of 3 rows: 2 empty response, 1 equal responses; "
+        "give other data, or longer --max-length and --max-prompt-length"
+    )
     assert str(error.value) == f"{tmp_path / 'a.jsonl'}: {said}"
 
 
 def test_parquet(tmp_path, tokenizer):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")
+
     rows = [row([USER], [CHOSEN], [REJECTED]), row([USER], [CHOSEN], [said("assistant", "")])]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     pairs, counts = data.load_pairs([tmp_path / "a.parquet"], tokenizer, 1000, 900)
     assert [pair.source for pair in pairs] == [f"{tmp_path / 'a.parquet'}:1"]
     assert counts.dropped[0]["row"] == 2
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(data.BadData, match="b.parquet: is no parquet file that pyarrow reads"):
+    with pytest.raises(BadInput, match="b.parquet: is no parquet file that pyarrow reads"):
         data.load_pairs([tmp_path / "b.parquet"], tokenizer, 1000, 900)
 
 
 def test_parquet_without_pyarrow(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(data.BadData) as error:
+    with pytest.raises(BadInput) as error:
         data.load_pairs([tmp_path / "a.parquet"], tokenizer, 1000, 900)
     said = "needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
     assert str(error.value) == f"{tmp_path / 'a.parquet'}: {said}"

@@ -1,13 +1,27 @@
 """Chat templates: the prompt's ids are what inference feeds; behind it, reply and end token are scored."""
+
 import functools
 import json
 
 import pytest
 import tokenizers
-from tiny_tokenizers import (DATED, LLAMA3, MISTRAL_V1, MISTRAL_V3, PLAIN, SIMPO_MISTRAL, llama3, mistral,
-                             row, write_rows)
+from tiny_tokenizers import (
+    DATED,
+    LLAMA3,
+    MISTRAL_V1,
+    MISTRAL_V3,
+    PLAIN,
+    SIMPO_MISTRAL,
+    llama3,
+    mistral,
+    row,
+    write_rows,
+)
 
 import data
+from files.errors import BadInput
+from files.renderer import Renderer
+from files.tokenizer import load_tokenizer, same_vocabulary
 
 INST = ("[INST]", "[/INST]")
 KINDS = {
@@ -20,14 +34,17 @@ KINDS = {
 }
 CONVERSATIONS = [
     [{"role": "user", "content": "hello there"}],
-    [{"role": "user", "content": " hello\n"}, {"role": "assistant", "content": "é😀 there"},
-     {"role": "user", "content": "x  y\u2028z"}],
+    [
+        {"role": "user", "content": " hello\n"},
+        {"role": "assistant", "content": "é😀 there"},
+        {"role": "user", "content": "x  y\u2028z"},
+    ],
 ]
 
 
 def pair_of(directory, tmp_path, chosen="hello", rejected="there", prompt="Hi", limit=1000):
     """The tokenizer, the pair and the counts of one row."""
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     path = write_rows(tmp_path / "rows.jsonl", row(prompt, chosen, rejected))
     (pair,), counts = data.load_pairs([path], tokenizer, limit, limit)
     return tokenizer, pair, counts
@@ -40,11 +57,12 @@ def pieces(tokenizer, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_ids_are_those_of_transformers(kind, tmp_path):
     from transformers import PreTrainedTokenizerFast
+
     directory = KINDS[kind](tmp_path / "model")
     config = json.loads((directory / "tokenizer_config.json").read_text())
     config["chat_template"] = config["chat_template"].replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), **config)
-    ours = data.load_tokenizer(directory)
+    ours = load_tokenizer(directory)
     for messages in CONVERSATIONS:
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ours.prompt_ids(messages) == ids
@@ -52,12 +70,12 @@ def test_prompt_ids_are_those_of_transformers(kind, tmp_path):
         assert data.load_pairs([path], ours, 1000, 1000)[0][0].prompt.tolist() == ids
 
 
-GOLDEN = {      # kind: what ends the prompt, and the scored pieces of the reply "hello"
+GOLDEN = {  # kind: what ends the prompt, and the scored pieces of the reply "hello"
     "llama3": (["<|start_header_id|>", *"assistant", "<|end_header_id|>", "ĊĊ"], ["hello", "<|eot_id|>"]),
     "mistral v1": (["▁", "[", "/", "INST", "]"], ["▁hello", "</s>"]),
     "mistral v3": (["[INST]", "▁", "▁h", "i", "[/INST]"], ["▁", "▁hello", "</s>"]),
-    "simpo mistral": (["▁", "[", "/", "INST", "]"], ["▁hello", "</s>"]),    # no blank before </s>
-    "plain": ([*"assistant", "<0x3A>"], ["▁hello", "</s>"]),                # it writes no end token: eos
+    "simpo mistral": (["▁", "[", "/", "INST", "]"], ["▁hello", "</s>"]),  # no blank before </s>
+    "plain": ([*"assistant", "<0x3A>"], ["▁hello", "</s>"]),  # it writes no end token: eos
 }
 
 
@@ -65,19 +83,18 @@ GOLDEN = {      # kind: what ends the prompt, and the scored pieces of the reply
 def test_golden_pieces(kind, tmp_path):
     tokenizer, pair, counts = pair_of(KINDS[kind](tmp_path / "model"), tmp_path, prompt="hi")
     prompt, scored = GOLDEN[kind]
-    assert pieces(tokenizer, pair.prompt)[-len(prompt):] == prompt
+    assert pieces(tokenizer, pair.prompt)[-len(prompt) :] == prompt
     assert pieces(tokenizer, pair.chosen) == scored
     assert (counts.rows, counts.kept, counts.cut, counts.boundary, counts.dropped) == (1, 1, 0, 0, [])
     assert pair.source == f"{tmp_path / 'rows.jsonl'}:1"
 
 
-REPLIES = ["hello", "é😀\n\n x", "<b>hello</b> there", "a [/INST", "hello <|eot", "  \u2028x", "x\r\n\ty",
-           "<0x0A>"]
+REPLIES = ["hello", "é😀\n\n x", "<b>hello</b> there", "a [/INST", "hello <|eot", "  \u2028x", "x\r\n\ty", "<0x0A>"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scored_tokens_are_the_reply_and_one_end_token(kind, tmp_path):
-    tokenizer = data.load_tokenizer(KINDS[kind](tmp_path / "model"))
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path / "model"))
     path = write_rows(tmp_path / "rows.jsonl", *(row(chosen=reply) for reply in REPLIES))
     pairs, counts = data.load_pairs([path], tokenizer, 1000, 1000)
     end = "<|eot_id|>" if "llama3" in kind else "</s>"
@@ -85,8 +102,8 @@ def test_scored_tokens_are_the_reply_and_one_end_token(kind, tmp_path):
     assert len(pairs) == len(REPLIES)
     for pair, reply in zip(pairs, REPLIES):
         if kind in ("llama3", "llama3 dated", "simpo mistral"):
-            reply = reply.strip()               # as the template does, also at inference
-        written = tokenizer.decode([*pair.prompt, *pair.chosen])[len(tokenizer.decode(pair.prompt)):]
+            reply = reply.strip()  # as the template does, also at inference
+        written = tokenizer.decode([*pair.prompt, *pair.chosen])[len(tokenizer.decode(pair.prompt)) :]
         assert written.lstrip() == reply.lstrip() + end and reply + end in written
         assert tokenizer.is_control[pair.chosen].sum() == 1 and pieces(tokenizer, pair.chosen)[-1] == end
         assert (pair.prompt == begin).sum() == (kind != "plain")
@@ -106,14 +123,18 @@ def test_what_follows_the_end_token_is_not_scored(tmp_path):
     assert {tokenizer.backend.id_to_token(i) for i in tokenizer.end_ids} == {"<|eot_id|>", "<|end_of_text|>"}
 
 
-@pytest.mark.parametrize("make, ends_in, reply, prompt, scored", [
-    (llama3, "\n", "\nhello", ["Ċ"], ["Ċ", "hello", "<|end_of_text|>"]),        # jointly, ĊĊ
-    (mistral, " ", "hello", ["▁"], ["h", "e", "l", "l", "o", "</s>"]),          # jointly, ▁hello
-])
+@pytest.mark.parametrize(
+    "make, ends_in, reply, prompt, scored",
+    [
+        (llama3, "\n", "\nhello", ["Ċ"], ["Ċ", "hello", "<|end_of_text|>"]),  # jointly, ĊĊ
+        (mistral, " ", "hello", ["▁"], ["h", "e", "l", "l", "o", "</s>"]),  # jointly, ▁hello
+    ],
+)
 def test_where_a_token_would_cross_the_boundary(make, ends_in, reply, prompt, scored, tmp_path):
     """The prompt keeps its ids, and the reply is tokenised as if it followed other text."""
     template = PLAIN.replace("': '", "':" + ends_in.replace("\n", "\\n") + "'").replace(
-        "'assistant:'", "'assistant:" + ends_in.replace("\n", "\\n") + "'")
+        "'assistant:'", "'assistant:" + ends_in.replace("\n", "\\n") + "'"
+    )
     tokenizer, pair, counts = pair_of(make(tmp_path / "model", template), tmp_path, reply, "there you")
     assert pieces(tokenizer, pair.prompt)[-1:] == prompt
     assert pieces(tokenizer, pair.chosen) == scored
@@ -123,25 +144,29 @@ def test_where_a_token_would_cross_the_boundary(make, ends_in, reply, prompt, sc
 
 
 def test_date_is_fixed(tmp_path):
-    tokenizer = data.load_tokenizer(llama3(tmp_path / "model", DATED))
+    tokenizer = load_tokenizer(llama3(tmp_path / "model", DATED))
     assert "Today: 26 Jul 2024\n" in tokenizer.decode(tokenizer.prompt_ids(CONVERSATIONS[0]))
 
 
-@pytest.mark.parametrize("template, text", [
-    ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "x<y"),
-    ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
-    ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
-    ("{% set ns = namespace(a=1) %}{% for i in [1] %}{% set ns.a = 2 %}{% endfor %}{{ ns.a }}", "2"),
-    ("{{ dict(a=1) | tojson(indent=1) }}{{ dict.update is defined }}", '{\n "a": 1\n}False'),
-    ("  {% if true %}\nx{% endif %}\n", "x"),
-    ("{{ tools is defined and tools is none }}", "True"),
-    ("{{ unknown }}|{{ add_generation_prompt }}|{{ eos_token }}", "|True|<|end_of_text|>"),
-])
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "x<y"),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+        ("{% set ns = namespace(a=1) %}{% for i in [1] %}{% set ns.a = 2 %}{% endfor %}{{ ns.a }}", "2"),
+        ("{{ dict(a=1) | tojson(indent=1) }}{{ dict.update is defined }}", '{\n "a": 1\n}False'),
+        ("  {% if true %}\nx{% endif %}\n", "x"),
+        ("{{ tools is defined and tools is none }}", "True"),
+        ("{{ unknown }}|{{ add_generation_prompt }}|{{ eos_token }}", "|True|<|end_of_text|>"),
+    ],
+)
 def test_template_language_is_that_of_transformers(template, text, tmp_path):
     from transformers import PreTrainedTokenizerFast
+
     directory = llama3(tmp_path / "model", template)
     messages = [{"role": "user", "content": "x<y"}]
-    with data.Renderer(data.load_tokenizer(directory)) as renderer:
+    with Renderer(load_tokenizer(directory)) as renderer:
         assert renderer.render(messages) == [text]
     config = json.loads((directory / "tokenizer_config.json").read_text())
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), **config)
@@ -150,13 +175,13 @@ def test_template_language_is_that_of_transformers(template, text, tmp_path):
 
 def test_where_the_template_comes_from(tmp_path):
     directory = llama3(tmp_path / "model", "one")
-    assert data.load_tokenizer(directory).template == "one"
+    assert load_tokenizer(directory).template == "one"
     llama3(directory, [{"name": "rag", "template": "no"}, {"name": "default", "template": "two"}])
-    assert data.load_tokenizer(directory).template == "two"
+    assert load_tokenizer(directory).template == "two"
     (directory / "chat_template.jinja").write_text("three")
-    assert data.load_tokenizer(directory).template == "three"
+    assert load_tokenizer(directory).template == "three"
     (tmp_path / "own.jinja").write_text("four")
-    tokenizer = data.load_tokenizer(directory, str(tmp_path / "own.jinja"))
+    tokenizer = load_tokenizer(directory, str(tmp_path / "own.jinja"))
     assert (tokenizer.template, str(tokenizer.template_name)) == ("four", str(tmp_path / "own.jinja"))
 
 
@@ -165,10 +190,10 @@ def test_named_tokens_may_be_objects_or_stand_in_the_older_file(tmp_path):
     directory = llama3(tmp_path / "model", bos_token=begin, eos_token=None)
     older = {"eos_token": {"content": "<|eot_id|>"}, "pad_token": "!"}
     (directory / "special_tokens_map.json").write_text(json.dumps(older))
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     assert tokenizer.tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "!"}
     assert tokenizer.end_ids == {tokenizer.backend.token_to_id("<|eot_id|>")}
-    assert tokenizer.control.search("!")        # transformers makes a control token of any named piece
+    assert tokenizer.control.search("!")  # transformers makes a control token of any named piece
 
 
 def test_a_named_token_is_control_even_if_the_tokenizer_calls_it_plain(tmp_path):
@@ -177,12 +202,12 @@ def test_a_named_token_is_control_even_if_the_tokenizer_calls_it_plain(tmp_path)
     for token in state["added_tokens"]:
         token["special"] = False
     (directory / "tokenizer.json").write_text(json.dumps(state))
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     assert tokenizer.control.search("<|end_of_text|>") and not tokenizer.control.search("<|eot_id|>")
 
 
 def test_the_longest_control_token_counts(tmp_path):
-    tokenizer = data.load_tokenizer(mistral(tmp_path / "model", control=("<a>", "<a><b>")))
+    tokenizer = load_tokenizer(mistral(tmp_path / "model", control=("<a>", "<a><b>")))
     assert tokenizer.control.findall("<a> <a><b>") == ["<a>", "<a><b>"]
 
 
@@ -195,7 +220,7 @@ def test_characters_without_a_piece_are_no_control_tokens(tmp_path):
     tokenizer, pair, _ = pair_of(directory, tmp_path, chosen="a\u4e00b")
     assert pieces(tokenizer, pair.chosen) == ["▁", "a", "<unk>", "b", "</s>"]
     path = write_rows(tmp_path / "rows.jsonl", row(chosen="a<unk>b"))
-    with pytest.raises(data.BadData, match="no pair is left of 1 rows: 1 control token in the text"):
+    with pytest.raises(BadInput, match="no pair is left of 1 rows: 1 control token in the text"):
         data.load_pairs([path], tokenizer, 1000, 1000)
 
 
@@ -219,7 +244,7 @@ def test_masks_come_from_lengths(tmp_path):
 
 @pytest.mark.parametrize("make", [llama3, mistral])
 def test_pieces_add_up_to_the_text(make, tmp_path):
-    tokenizer = data.load_tokenizer(make(tmp_path / "model"))
+    tokenizer = load_tokenizer(make(tmp_path / "model"))
     text = " hello é😀\nx hello"
     ids = tokenizer.encode(["x" + text])[0]
     parts = tokenizer.pieces(ids)
@@ -230,20 +255,21 @@ def test_pieces_add_up_to_the_text(make, tmp_path):
 
 
 def test_vocabularies_are_compared_piece_by_piece(tmp_path):
-    one, same = (data.load_tokenizer(llama3(tmp_path / name)) for name in "ab")
-    data.same_vocabulary(one, same)
+    one, same = (load_tokenizer(llama3(tmp_path / name)) for name in "ab")
+    same_vocabulary(one, same)
     assert one.digest == same.digest
-    other = data.load_tokenizer(llama3(tmp_path / "c", words=("hello", " hello", " there", "ĊĊ", "more")))
-    with pytest.raises(data.BadData, match="ids mean other pieces"):
-        data.same_vocabulary(one, other)
+    other = load_tokenizer(llama3(tmp_path / "c", words=("hello", " hello", " there", "ĊĊ", "more")))
+    with pytest.raises(BadInput, match="ids mean other pieces"):
+        same_vocabulary(one, other)
 
 
 def test_vocabularies_of_one_size_may_differ(tmp_path):
-    one = data.load_tokenizer(llama3(tmp_path / "a", words=("hello", " there")))
-    other = data.load_tokenizer(llama3(tmp_path / "b", words=(" there", "hello")))
+    one = load_tokenizer(llama3(tmp_path / "a", words=("hello", " there")))
+    other = load_tokenizer(llama3(tmp_path / "b", words=(" there", "hello")))
     assert one.vocab_size == other.vocab_size and one.digest != other.digest
-    with pytest.raises(data.BadData) as error:
-        data.same_vocabulary(one, other)
+    with pytest.raises(BadInput) as error:
+        same_vocabulary(one, other)
     assert str(error.value) == (
         f"{tmp_path / 'b'}: its tokenizer is not that of {tmp_path / 'a'}: 9 ids mean other pieces, the "
-        "first 256, 'Ġt' against 'he'; a guide must share the policy's tokenizer")
+        "first 256, 'Ġt' against 'he'; a guide must share the policy's tokenizer"
+    )

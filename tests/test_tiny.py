@@ -11,7 +11,8 @@ import data
 import model
 from examples.tiny import language, make
 from examples.tiny.sample import sample
-from harness import options
+from files.tokenizer import load_tokenizer
+from runtime import options
 
 TINY = Path(make.__file__).parent
 
@@ -30,22 +31,25 @@ def rows(name):
     return [json.loads(line) for line in (TINY / name).read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("text, reward", [
-    ("The soup", -1),                                       # soup is asked about, but no reply names it
-    ("The dish was fresh.", 1),
-    ("The dish was not fresh.", -1),
-    ("The dish was hardly stale, but the room was dark.", 1 - 1),
-    ("Our host was very rude.", -2),
-    ("Our host was not very rude.", 2),
-    ("Our host was rather lovely and fairly kind.", 1 + 0.5),
-    ("The room was really really superb.", 4),              # factors stop at 2
-    ("The food was tasty. Today the food was tasty.", 1 + 0),           # a good word pays once
-    ("The food was bland. Today the food was very bland.", -1 - 2),     # a bad one costs every time
-    ("The food was not fresh. Today the food was fresh.", -1 + 0),
-    ("Not, fresh.", -1),                                    # punctuation does not stand between
-    ("We will never return. I would recommend it.", -1 + 1),
-    ("", 0),
-])
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        ("The soup", -1),  # soup is asked about, but no reply names it
+        ("The dish was fresh.", 1),
+        ("The dish was not fresh.", -1),
+        ("The dish was hardly stale, but the room was dark.", 1 - 1),
+        ("Our host was very rude.", -2),
+        ("Our host was not very rude.", 2),
+        ("Our host was rather lovely and fairly kind.", 1 + 0.5),
+        ("The room was really really superb.", 4),  # factors stop at 2
+        ("The food was tasty. Today the food was tasty.", 1 + 0),  # a good word pays once
+        ("The food was bland. Today the food was very bland.", -1 - 2),  # a bad one costs every time
+        ("The food was not fresh. Today the food was fresh.", -1 + 0),
+        ("Not, fresh.", -1),  # punctuation does not stand between
+        ("We will never return. I would recommend it.", -1 + 1),
+        ("", 0),
+    ],
+)
 def test_gold_reward_by_hand(text, reward):
     assert language.gold_reward(text) == reward
 
@@ -79,8 +83,14 @@ def test_making_it_twice_gives_the_same_bytes(tmp_path):
         make.make(tmp_path / name, seed=3, steps=90, pairs=4, held_out=2)
     torch.set_num_threads(threads)
     made = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert [str(path) for path in made] == ["held_out.jsonl", "model/config.json", "model/model.safetensors",
-                                            "model/tokenizer.json", "model/tokenizer_config.json", "train.jsonl"]
+    assert [str(path) for path in made] == [
+        "held_out.jsonl",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "model/tokenizer_config.json",
+        "train.jsonl",
+    ]
     for path in made:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
     first = json.loads((tmp_path / "a" / "train.jsonl").read_text().splitlines()[0])
@@ -94,7 +104,7 @@ def test_committed_tokenizer_is_the_one_that_make_trains(tmp_path):
 
 
 def test_every_committed_pair_is_kept_as_it_was_sampled():
-    tokenizer = data.load_tokenizer(str(TINY / "model"))
+    tokenizer = load_tokenizer(str(TINY / "model"))
     for name, least in (("train.jsonl", 1000), ("held_out.jsonl", 200)):
         pairs, counts = data.load_pairs([str(TINY / name)], tokenizer, 256, 200)
         assert counts.rows == counts.kept == len(pairs) == len(rows(name)) >= least
@@ -108,16 +118,25 @@ def test_held_out_questions_are_not_trained_on():
 
 
 def test_labels_follow_the_gold_reward_with_noise():
-    margins = [language.gold_reward(row["chosen"]) - language.gold_reward(row["rejected"])
-               for name in ("train.jsonl", "held_out.jsonl") for row in rows(name)]
+    margins = [
+        language.gold_reward(row["chosen"]) - language.gold_reward(row["rejected"])
+        for name in ("train.jsonl", "held_out.jsonl")
+        for row in rows(name)
+    ]
     agree = sum(margin > 0 for margin in margins) / sum(margin != 0 for margin in margins)
     assert 0.85 < agree < 0.95
 
 
 def test_samples_of_the_committed_model_are_of_the_language(network, speaker):
     asked = random.Random(2).sample(sorted(speaker.prompts), 64)
-    drawn = sample(network, [speaker.prompts[question] for question in asked], make.LONGEST_REPLY, {make.END},
-                   1.0, torch.Generator().manual_seed(0))
+    drawn = sample(
+        network,
+        [speaker.prompts[question] for question in asked],
+        make.LONGEST_REPLY,
+        {make.END},
+        1.0,
+        torch.Generator().manual_seed(0),
+    )
     texts = speaker.texts(drawn)
     assert sum(text is None for text in texts) <= 2
     words = [word for text in texts if text for word in language.WORD.findall(text.lower())]
@@ -127,9 +146,11 @@ def test_samples_of_the_committed_model_are_of_the_language(network, speaker):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_sample_equals_generate(network, speaker, temperature):
     prompts = [speaker.prompts[question] for question in random.Random(4).sample(sorted(speaker.prompts), 12)]
-    prompts += [[5, 6, 7], [0]]                                                 # of very different lengths
-    drawn = [draw(network, prompts, 40, {make.END}, temperature, torch.Generator().manual_seed(7))
-             for draw in (sample, model.generate)]
+    prompts += [[5, 6, 7], [0]]  # of very different lengths
+    drawn = [
+        draw(network, prompts, 40, {make.END}, temperature, torch.Generator().manual_seed(7))
+        for draw in (sample, model.generate)
+    ]
     assert drawn[0] == drawn[1]
     assert len({len(ids) for ids in drawn[0]}) > 1 and any(ids[-1] == make.END for ids in drawn[0])
 
@@ -143,13 +164,14 @@ def test_recipe_is_what_a_run_without_arguments_takes():
 
 def test_study_in_its_quick_form(tmp_path, capsys):
     from examples.tiny import study
+
     threads = torch.get_num_threads()
     arguments = ["--quick", "--workers", "0", "--work", str(tmp_path / "work"), "--page", str(tmp_path / "STUDY.md")]
     assert study.main(arguments) == 0
     told, lines = capsys.readouterr().out, (tmp_path / "work" / "study.jsonl").read_text().splitlines()
     assert len(lines) == 15 and "15/15" in told
     assert {json.loads(line)["method"] for line in lines} == set(study.METHODS)
-    (tmp_path / "work" / "study.jsonl").write_text("\n".join(lines[:-1]) + "\n")       # stopped before the last
+    (tmp_path / "work" / "study.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # stopped before the last
     assert study.main(arguments) == 0
     torch.set_num_threads(threads)
     told = capsys.readouterr().out

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_world import KINDS, make_checkpoint, make_pairs
 
 import data
 import train
-from tiny_world import KINDS, make_checkpoint, make_pairs
+from files.tokenizer import load_tokenizer
 
-SETTINGS = {"beta": 0.3, "lr": 2e-3, "epochs": 2, "batch-size": 4, "warmup-ratio": 0.2, "max-length": 128,
-            "samples": 0, "sample-tokens": 4}
+SETTINGS = {
+    "beta": 0.3,
+    "lr": 2e-3,
+    "epochs": 2,
+    "batch-size": 4,
+    "warmup-ratio": 0.2,
+    "max-length": 128,
+    "samples": 0,
+    "sample-tokens": 4,
+}
 
 
 def run(*arguments, **options):
@@ -53,9 +62,12 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
     for epoch in range(epochs):
         order = data.epoch_order(len(pairs), 0, epoch)
         for begin in range(0, len(order), size):
-            batch, step = order[begin:begin + size], len(losses)
-            rate = (step + 1) / (warmup + 1) if step < warmup else \
-                0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+            batch, step = order[begin : begin + size], len(losses)
+            rate = (
+                (step + 1) / (warmup + 1)
+                if step < warmup
+                else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+            )
             optimiser.param_groups[0]["lr"] = SETTINGS["lr"] * rate
             mean = 0.0
             for pair in (pairs[i] for i in batch):
@@ -84,7 +96,7 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
 
 
 def tokens_of(start, path):
-    return data.load_pairs([path], data.load_tokenizer(start), 128, 100)[0]
+    return data.load_pairs([path], load_tokenizer(start), 128, 100)[0]
 
 
 def same(found, expected):
@@ -106,7 +118,7 @@ def test_two_stages_are_the_papers(kind, tmp_path):
     tgdpo, policy = plain_training(start, pairs, "tgdpo", guide=out / "guide", alpha=2)
     same([r["loss"] for r in metrics(out, "tgdpo")], tgdpo)
     assert abs(metrics(out, "tgdpo")[0]["loss"] - math.log(2)) < 1e-6
-    assert max(abs(a - b) for a, b in zip(dpo, tgdpo)) > 1e-3      # the guidance is no ornament
+    assert max(abs(a - b) for a, b in zip(dpo, tgdpo)) > 1e-3  # the guidance is no ornament
     tokens = torch.randint(0, 260, (2, 40))
     for name, theirs in (("guide", guide), ("policy", policy)):
         ours, info = transformers.AutoModelForCausalLM.from_pretrained(out / name, output_loading_info=True)
@@ -121,7 +133,7 @@ def test_the_baselines_are_theirs(loss, options, tmp_path):
     assert run("--out", tmp_path / "out", "--model", start, "--data", path, "--loss", loss, **options) == 0
     expected, _ = plain_training(start, tokens_of(start, path), loss, **{"beta": 0.3} | options)
     same([r["loss"] for r in metrics(tmp_path / "out", loss)], expected)
-    assert ("dpo_margin" in metrics(tmp_path / "out")[0]) == (loss == "dpo")       # SimPO knows no reference
+    assert ("dpo_margin" in metrics(tmp_path / "out")[0]) == (loss == "dpo")  # SimPO knows no reference
 
 
 def test_a_guide_made_by_dpo_serves_as_guide(tmp_path):
@@ -130,12 +142,31 @@ def test_a_guide_made_by_dpo_serves_as_guide(tmp_path):
     assert run("--out", tmp_path / "dpo", "--model", start, "--data", path, "--loss", "dpo") == 0
     assert run("--out", tmp_path / "given", "--model", start, "--data", path, "--guide", tmp_path / "dpo/policy") == 0
     assert run("--out", tmp_path / "own", "--model", start, "--data", path) == 0
-    same([r["loss"] for r in metrics(tmp_path / "given", "tgdpo")], [r["loss"] for r in metrics(tmp_path / "own", "tgdpo")])
+    same(
+        [r["loss"] for r in metrics(tmp_path / "given", "tgdpo")],
+        [r["loss"] for r in metrics(tmp_path / "own", "tgdpo")],
+    )
     assert not metrics(tmp_path / "given", "dpo") and not (tmp_path / "given/guide").exists()
     # r_hat scales with --guide-beta, so alpha 1 and half the scale is alpha 0.5 and the whole
-    assert run("--out", tmp_path / "half", "--model", start, "--data", path, "--guide", tmp_path / "dpo/policy",
-               guide_beta=0.15, alpha=1.0) == 0
-    same([r["loss"] for r in metrics(tmp_path / "half", "tgdpo")], [r["loss"] for r in metrics(tmp_path / "own", "tgdpo")])
+    assert (
+        run(
+            "--out",
+            tmp_path / "half",
+            "--model",
+            start,
+            "--data",
+            path,
+            "--guide",
+            tmp_path / "dpo/policy",
+            guide_beta=0.15,
+            alpha=1.0,
+        )
+        == 0
+    )
+    same(
+        [r["loss"] for r in metrics(tmp_path / "half", "tgdpo")],
+        [r["loss"] for r in metrics(tmp_path / "own", "tgdpo")],
+    )
 
 
 def test_bfloat16_starts_at_log_2(tmp_path):
@@ -143,7 +174,7 @@ def test_bfloat16_starts_at_log_2(tmp_path):
     assert run("--out", tmp_path / "out", "--model", start, "--data", path, dtype="bfloat16", micro_tokens=100) == 0
     for stage in ("dpo", "tgdpo"):
         assert abs(metrics(tmp_path / "out", stage)[0]["loss"] - math.log(2)) < 1e-3
-    assert load(tmp_path / "out/policy").config.dtype == torch.float32     # loaded as asked
+    assert load(tmp_path / "out/policy").config.dtype == torch.float32  # loaded as asked
     assert json.load(open(tmp_path / "out/policy/config.json"))["dtype"] == "bfloat16"
 
 
@@ -154,13 +185,30 @@ def test_a_step_does_not_depend_on_micro_tokens(micro_tokens, tmp_path):
     grads = []
     step = train.optimiser_step
     for tokens in (micro_tokens, 100_000):
+
         def keep(run, net, optimiser, stage, batch):
             optimiser.step = lambda: grads.append([p.grad.full_tensor().clone() for p in net.parameters()])
             return step(run, net, optimiser, stage, batch)
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "optimiser_step", keep)
-            assert run("--out", tmp_path / str(tokens), "--model", start, "--data", path, "--loss", "dpo", "--no-compile",
-                       micro_tokens=tokens, epochs=1, max_grad_norm=1e9) == 0
+            assert (
+                run(
+                    "--out",
+                    tmp_path / str(tokens),
+                    "--model",
+                    start,
+                    "--data",
+                    path,
+                    "--loss",
+                    "dpo",
+                    "--no-compile",
+                    micro_tokens=tokens,
+                    epochs=1,
+                    max_grad_norm=1e9,
+                )
+                == 0
+            )
     assert len(grads) == 6 and len(data.epoch_order(10, 0, 0)) % 4 == 2
     for few, all_in_one in zip(grads[:3], grads[3:]):
         for a, b in zip(few, all_in_one):
@@ -176,8 +224,19 @@ def test_metrics_rows_and_evaluation(tmp_path):
         rows = metrics(out, stage)
         assert [r["step"] for r in rows] == [1, 2, 3, 4] and [r["epoch"] for r in rows] == [1, 1, 2, 2]
         for row in rows:
-            assert {"loss", "margin", "accuracy", "lr", "grad_norm", "tokens_per_second", "pairs_per_second",
-                    "peak_memory", "dpo_margin", "logratio_chosen", "logratio_rejected"} <= row.keys()
+            assert {
+                "loss",
+                "margin",
+                "accuracy",
+                "lr",
+                "grad_norm",
+                "tokens_per_second",
+                "pairs_per_second",
+                "peak_memory",
+                "dpo_margin",
+                "logratio_chosen",
+                "logratio_rejected",
+            } <= row.keys()
         evaluations = metrics(out, stage, evaluation=True)
         assert [r["step"] for r in evaluations] == [2, 4] and all("lr" not in r for r in evaluations)
         assert all(r["tokens_per_second"] > 0 and r["peak_memory"] > 0 for r in evaluations)
@@ -188,8 +247,10 @@ def test_metrics_rows_and_evaluation(tmp_path):
     pairs = tokens_of(start, held_out)
     policy, ref = load(out / "policy"), load(start)
     with torch.no_grad():
-        ratios = [[sum(sequence(policy, p.prompt, r)) - sum(sequence(ref, p.prompt, r)) for r in (p.chosen, p.rejected)]
-                  for p in pairs]
+        ratios = [
+            [sum(sequence(policy, p.prompt, r)) - sum(sequence(ref, p.prompt, r)) for r in (p.chosen, p.rejected)]
+            for p in pairs
+        ]
     row = metrics(out, "tgdpo", evaluation=True)[-1]
     assert row["dpo_margin"] == pytest.approx(0.3 * np.mean([float(w - l) for w, l in ratios]), abs=1e-4)
     assert row["logratio_chosen"] == pytest.approx(np.mean([float(w) for w, _ in ratios]), abs=1e-3)
@@ -220,8 +281,9 @@ def test_a_dry_run_trains_nothing(tmp_path, capsys):
 def test_learning_rates_by_hand():
     class Options:
         lr, warmup_ratio, schedule = 1.0, 0.2, "cosine"
+
     rates = [train.learning_rate(Options, step, 10) for step in range(10)]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])                      # W = 2, then k = 0 of N = 8
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])  # W = 2, then k = 0 of N = 8
     assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     Options.schedule = "linear"
     assert train.learning_rate(Options, 4, 10) == pytest.approx(1 - 2 / 8)

@@ -1,4 +1,5 @@
 """Tokenizers and chat templates of three kinds, small enough to read, and rows for them."""
+
 import json
 from pathlib import Path
 
@@ -18,8 +19,10 @@ SIMPO_MISTRAL = """{{ bos_token }}{% for message in messages %}{% if message.rol
 {{- ' ' + message.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
 PLAIN = """{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def pieces_and_merges(start, words, space):
@@ -29,7 +32,7 @@ def pieces_and_merges(start, words, space):
     for word in words:
         for end in range(2, len(word) + 1):
             if word[:end] not in pieces:
-                merges.append((word[:end - 1], word[end - 1]))
+                merges.append((word[: end - 1], word[end - 1]))
                 pieces[word[:end]] = None
     return {piece: i for i, piece in enumerate(pieces)}, merges
 
@@ -46,15 +49,16 @@ def llama3(directory, template=LLAMA3, words=("hello", " hello", " there", "ĊĊ
     """Byte-level BPE whose control tokens follow the pieces, as Llama 3 has it."""
     vocabulary, merges = pieces_and_merges(sorted(pre_tokenizers.ByteLevel.alphabet()), words, "Ġ")
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
-    control = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-               "<|eot_id|>"]
+    control = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
     begin = backend.token_to_id(control[0])
-    backend.post_processor = processors.TemplateProcessing(         # which add_special_tokens would apply
-        single=f"{control[0]} $A", special_tokens=[(control[0], begin)])
+    backend.post_processor = processors.TemplateProcessing(  # which add_special_tokens would apply
+        single=f"{control[0]} $A", special_tokens=[(control[0], begin)]
+    )
     named = {"bos_token": control[0], "eos_token": control[1], "chat_template": template}
     return write(directory, backend, named | config)
 
@@ -65,9 +69,10 @@ def mistral(directory, template=MISTRAL_V1, control=(), words=("▁hello", "▁t
     vocabulary, merges = pieces_and_merges([*start, *"abcdefghijklmnopqrstuvwxyz[]/"], words, "▁")
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in start[:3 + len(control)]])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in start[: 3 + len(control)]])
     named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
     return write(directory, backend, named | config)
 

@@ -8,10 +8,18 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CONTROL = ["<|begin|>", "<|head|>", "<|end_head|>", "<|end|>"]
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|end_head|>{{ m['content'] }}<|end|>"
-            "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|end_head|>{% endif %}")
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32, "rope_theta": 500.0}
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|end_head|>{{ m['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|end_head|>{% endif %}"
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 500.0,
+}
 KINDS = {
     "llama": ("Llama", {}, {}),
     "sharded llama3 rope": ("Llama", {"rope_parameters": LLAMA3}, {"max_shard_size": "30KB"}),
@@ -28,18 +36,38 @@ def make_tokenizer(directory):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(CONTROL)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>",
-        "chat_template": TEMPLATE}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|begin|>",
+                "eos_token": "<|end|>",
+                "chat_template": TEMPLATE,
+            }
+        )
+    )
 
 
 def make_checkpoint(directory, kind="llama", seed=0, **changes):
     """A random model of transformers with the tokenizer, in Hugging Face layout. Returns the directory as str."""
     family, own, save = KINDS[kind]
-    config = getattr(transformers, family + "Config")(**{
-        "vocab_size": 260, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "bos_token_id": 256, "eos_token_id": 259} | own | changes)
+    config = getattr(transformers, family + "Config")(
+        **{
+            "vocab_size": 260,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "bos_token_id": 256,
+            "eos_token_id": 259,
+        }
+        | own
+        | changes
+    )
     torch.manual_seed(seed)
     net = getattr(transformers, family + "ForCausalLM")(config)
     with torch.no_grad():

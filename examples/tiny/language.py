@@ -26,7 +26,12 @@ BAD = {
     "person": ("rude", "grumpy", "careless"),
     "place": ("dirty", "noisy", "dark"),
 }
-PLAIN = {"food": ("plain", "spicy"), "ride": ("long", "short"), "person": ("busy", "young"), "place": ("small", "large")}
+PLAIN = {
+    "food": ("plain", "spicy"),
+    "ride": ("long", "short"),
+    "person": ("busy", "young"),
+    "place": ("small", "large"),
+}
 BEST, WORST = ("lovely", "superb"), ("awful", "dreadful")
 CLOSING = ("recommend", "worth", "return")
 VALUE = (
@@ -54,12 +59,23 @@ NOUNS = {
     "person": ("service", "welcome", "host"),
     "place": ("room", "place", "table"),
 }
-SIDES = {"food": ("food", "person", "place"), "ride": ("ride", "person", "place"), "person": ("person", "food", "place")}
-HOUSES = tuple(f"{a} {b}" for a in ("old", "new", "corner", "harbour", "station", "garden")
-               for b in ("cafe", "diner", "bakery", "hotel", "inn", "market"))
+SIDES = {
+    "food": ("food", "person", "place"),
+    "ride": ("ride", "person", "place"),
+    "person": ("person", "food", "place"),
+}
+HOUSES = tuple(
+    f"{a} {b}"
+    for a in ("old", "new", "corner", "harbour", "station", "garden")
+    for b in ("cafe", "diner", "bakery", "hotel", "inn", "market")
+)
 CITIES = ("Rome", "Oslo", "Lisbon", "Dublin", "Athens", "Vienna", "Porto", "Prague")
-QUESTIONS = ("How {was} the {noun} {where}?", "{Was} the {noun} {where} any good?", "Tell me about the {noun} {where}.",
-             "What {was} the {noun} {where} like?")
+QUESTIONS = (
+    "How {was} the {noun} {where}?",
+    "{Was} the {noun} {where} any good?",
+    "Tell me about the {noun} {where}.",
+    "What {was} the {noun} {where} like?",
+)
 
 OPENINGS = ("The {} was", "Our {} was", "Today the {} was", "Overall, the {} was")
 MOODS = (0.2, 0.5, 0.8)

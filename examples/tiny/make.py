@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import data
 import model
 from examples.tiny import language
 from examples.tiny.sample import sample
+from files import weights
+from files.renderer import Renderer
+from files.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -32,53 +34,79 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 # Llama 3's: a line break never joins the word after it, so prompt and response meet at a token's edge.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 END = CONTROL.index("<|eot_id|>")
 VOCABULARY = 640
-LONGEST_REPLY = 48      # tokens, in samples
-TEMPERATURE = 0.8       # of the samples, as the authors drew theirs
+LONGEST_REPLY = 48  # tokens, in samples
+TEMPERATURE = 0.8  # of the samples, as the authors drew theirs
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64,
-    "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-    "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": END, "torch_dtype": "float32",
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": END,
+    "torch_dtype": "float32",
 }
 
 
 def make_tokenizer(directory, rng):
     """Trains the tokenizer on grammar text and writes tokenizer.json and tokenizer_config.json."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(CONTROL), show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=VOCABULARY,
+        special_tokens=list(CONTROL),
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     questions = language.questions()
     text = [question for question, _ in questions]
     text += [language.reply(rng, kind) for _, kind in questions]
     tokenizer.train_from_iterator(text + ["user\n\n", "assistant\n\n"] * len(text), trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": CONTROL[0], "eos_token": CONTROL[3],
-                "clean_up_tokenization_spaces": False, "model_max_length": CONFIG["max_position_embeddings"],
-                "chat_template": TEMPLATE}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": CONTROL[0],
+        "eos_token": CONTROL[3],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "chat_template": TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
 
 
 class Speaker:
     """Text to ids and back: a question as data.py renders it for inference, and the reply's own ids behind it."""
 
     def __init__(self, directory):
-        tokenizer = self.tokenizer = data.load_tokenizer(str(directory))
+        tokenizer = self.tokenizer = load_tokenizer(str(directory))
         questions = [question for question, _ in language.questions()]
-        with data.Renderer(tokenizer) as renderer:
+        with Renderer(tokenizer) as renderer:
             texts = [renderer.render([{"role": "user", "content": question}])[0] for question in questions]
-        self.prompts = dict(zip(questions, tokenizer.encode(texts)))    # question -> ids
+        self.prompts = dict(zip(questions, tokenizer.encode(texts)))  # question -> ids
 
     def replies(self, texts):
         """The ids of each reply, its end-of-turn token included."""
@@ -88,8 +116,10 @@ class Speaker:
         """The text of each sampled reply, or None where it cannot stand in the data: it is cut, holds a control
         token, is empty or padded with space, or has other ids than its text."""
         texts = [self.tokenizer.decode(ids[:-1]) for ids in replies]
-        return [text if text == text.strip() != "" and again == ids and not self.tokenizer.control.search(text) else None
-                for text, ids, again in zip(texts, replies, self.replies(texts))]
+        return [
+            text if text == text.strip() != "" and again == ids and not self.tokenizer.control.search(text) else None
+            for text, ids, again in zip(texts, replies, self.replies(texts))
+        ]
 
 
 def pretrain(speaker, rng, steps, batch=32, lr=3e-3):
@@ -102,7 +132,7 @@ def pretrain(speaker, rng, steps, batch=32, lr=3e-3):
         drawn = rng.choices(questions, k=batch)
         replies = speaker.replies([language.reply(rng, kind) for _, kind in drawn])
         prompts = [speaker.prompts[question] for question, _ in drawn]
-        tokens = pad_sequence([torch.tensor(a + b) for a, b in zip(prompts, replies)], True)                    # [B, T]
+        tokens = pad_sequence([torch.tensor(a + b) for a, b in zip(prompts, replies)], True)  # [B, T]
         targets = pad_sequence([torch.tensor([-100] * len(a) + b) for a, b in zip(prompts, replies)], True, -100)
         loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), targets[:, 1:].flatten())
         for group in optimizer.param_groups:
@@ -125,7 +155,7 @@ def preference_pairs(network, speaker, questions, rng, batch=256):
     """
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     for start in range(0, len(questions), batch):
-        asked = questions[start:start + batch]
+        asked = questions[start : start + batch]
         twice = [speaker.prompts[question] for question in asked for _ in range(2)]
         texts = speaker.texts(sample(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
         for question, first, second in zip(asked, texts[::2], texts[1::2]):
@@ -147,7 +177,7 @@ def make(out, seed=0, steps=2500, pairs=3072, held_out=256):
         network = pretrain(speaker, rng, steps)
         shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
         files = [(str(Path(scratch) / name), name) for name in ("tokenizer.json", "tokenizer_config.json")]
-        model.save_model(str(out / "model"), CONFIG, shapes, network.named_parameters(), torch.float32, files)
+        weights.save_model(str(out / "model"), CONFIG, shapes, network.named_parameters(), torch.float32, files)
     questions = [question for question, _ in language.questions()]
     rng.shuffle(questions)
     made = itertools.islice(preference_pairs(network, speaker, questions, rng), pairs + held_out)

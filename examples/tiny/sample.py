@@ -16,14 +16,14 @@ def sample(network, prompts, max_new, stop, temperature=1.0, generator=None):
     or after max_new. Temperature 0 takes the likeliest token, otherwise `generator` draws."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)                # [B, n]
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)                     # [B, n]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, n]
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)  # [B, n]
     cache = _empty_cache(network, *tokens.shape, max_new)
-    logits = _logits(network, tokens, positions, lengths - 1, cache)                # [B, V]
+    logits = _logits(network, tokens, positions, lengths - 1, cache)  # [B, V]
     stops, drawn, ended = torch.tensor(sorted(stop)), [], torch.zeros(len(rows), dtype=torch.bool)
     for step in range(max_new):
         if temperature > 0:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)     # [B, 1]
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # [B, 1]
         else:
             chosen = logits.argmax(-1, keepdim=True)
         drawn.append(chosen)
@@ -34,7 +34,7 @@ def sample(network, prompts, max_new, stop, temperature=1.0, generator=None):
     replies = []
     for row in torch.cat(drawn, 1).tolist():
         end = next((index for index, token in enumerate(row) if token in stop), len(row))
-        replies.append(row[:end + 1])
+        replies.append(row[: end + 1])
     return replies
 
 
@@ -51,20 +51,20 @@ def _logits(network, tokens, positions, last, cache):
     see, and is overwritten before they come to see it."""
     B, n = tokens.shape
     T = int(positions.max()) + 1
-    angles = positions.reshape(-1, 1).float() * rope_frequencies(network.config)    # [B n, D/2]
+    angles = positions.reshape(-1, 1).float() * rope_frequencies(network.config)  # [B n, D/2]
     cos, sin = angles.cos(), angles.sin()
-    sees = (torch.arange(T) <= positions[:, :, None])[:, None]                      # [B, 1, n, T]
-    row = torch.arange(B)[:, None]                                                  # [B, 1]
-    x = network.model.embed_tokens(tokens)                                          # [B, n, C]
+    sees = (torch.arange(T) <= positions[:, :, None])[:, None]  # [B, 1, n, T]
+    row = torch.arange(B)[:, None]  # [B, 1]
+    x = network.model.embed_tokens(tokens)  # [B, n, C]
     for block, (keys, values) in zip(network.model.layers, cache):
         attention, h = block.self_attn, block.input_layernorm(x)
         q = rotate(attention.q_proj(h).view(1, B * n, attention.heads, -1), cos, sin)
         k = rotate(attention.k_proj(h).view(1, B * n, attention.kv_heads, -1), cos, sin)
         keys[row, :, positions] = k.view(B, n, attention.kv_heads, -1)
         values[row, :, positions] = attention.v_proj(h).view(B, n, attention.kv_heads, -1)
-        q = q.view(B, n, attention.heads, -1).transpose(1, 2)                       # [B, H, n, D]
+        q = q.view(B, n, attention.heads, -1).transpose(1, 2)  # [B, H, n, D]
         y = F.scaled_dot_product_attention(q, keys[:, :, :T], values[:, :, :T], attn_mask=sees, enable_gqa=True)
         x = x + attention.o_proj(y.transpose(1, 2).reshape(B, n, -1))
         x = x + block.mlp(block.post_attention_layernorm(x))
-    x = network.model.norm(x)[torch.arange(B), last]                                # [B, C]
+    x = network.model.norm(x)[torch.arange(B), last]  # [B, C]
     return F.linear(x, network.head)

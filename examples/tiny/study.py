@@ -31,22 +31,49 @@ import model
 import train
 from examples.tiny import language
 from examples.tiny.sample import sample
-from harness import options as option_table, processes
+from files.tokenizer import load_tokenizer
+from runtime import options as option_table
+from runtime import process_group
+from runtime.failures import RunFailed
 
 LR, BATCH, BETA, ALPHA = 5e-4, 32, 0.1, 1.0
-FULL = {"seeds": 5, "points": (8, 16, 32, 64, 96, 128, 192, 256, 320), "guide_steps": 48, "pairs": 512,
-        "sizes": (256, 2048), "prompts": 192, "alphas": (0.25, 0.5, 1.0, 2.0, 4.0)}
-QUICK = {"seeds": 1, "points": (1, 2), "guide_steps": 1, "pairs": 32, "sizes": (48,), "prompts": 2,
-         "alphas": (0.5, 2.0)}
+FULL = {
+    "seeds": 5,
+    "points": (8, 16, 32, 64, 96, 128, 192, 256, 320),
+    "guide_steps": 48,
+    "pairs": 512,
+    "sizes": (256, 2048),
+    "prompts": 192,
+    "alphas": (0.25, 0.5, 1.0, 2.0, 4.0),
+}
+QUICK = {
+    "seeds": 1,
+    "points": (1, 2),
+    "guide_steps": 1,
+    "pairs": 32,
+    "sizes": (48,),
+    "prompts": 2,
+    "alphas": (0.5, 2.0),
+}
 SIMPO = {"beta": 2.5, "gamma": 1.375}
 OTHER_BETA = 0.3
-METHODS = ("DPO", "SimPO", "TGDPO", "TGDPO, SimPO guide", "TGDPO, gold guide", "TGDPO, shuffled guide",
-           "TGDPO, half-data guide", "TGDPO, other-beta guide", "TGDPO, cross-fitted guide",
-           "TGDPO, f = 1 on shared tokens")
-LONGEST = 48            # tokens of a sampled reply
+METHODS = (
+    "DPO",
+    "SimPO",
+    "TGDPO",
+    "TGDPO, SimPO guide",
+    "TGDPO, gold guide",
+    "TGDPO, shuffled guide",
+    "TGDPO, half-data guide",
+    "TGDPO, other-beta guide",
+    "TGDPO, cross-fitted guide",
+    "TGDPO, f = 1 on shared tokens",
+)
+LONGEST = 48  # tokens of a sampled reply
 
 
 # ------------------------------------------------------------------------------------------------ one training
+
 
 class Lab:
     """What every training of the study shares: the reference, the pairs, the prompts to sample for."""
@@ -54,9 +81,11 @@ class Lab:
     def __init__(self, prompts):
         torch.set_num_threads(1)
         self.start = str(HERE / "model")
-        self.tokenizer = data.load_tokenizer(self.start)
-        self.pairs, self.held_out = (data.load_pairs([str(HERE / name)], self.tokenizer, 256, 128)[0]
-                                     for name in ("train.jsonl", "held_out.jsonl"))
+        self.tokenizer = load_tokenizer(self.start)
+        self.pairs, self.held_out = (
+            data.load_pairs([str(HERE / name)], self.tokenizer, 256, 128)[0]
+            for name in ("train.jsonl", "held_out.jsonl")
+        )
         self.prompts = [pair.prompt.tolist() for pair in self.held_out[:prompts]]
         self.ref = model.load_model(self.start)
         self.held_out_ref = logps(self.ref, self.held_out)
@@ -66,7 +95,9 @@ class Lab:
     def samples(self, net):
         """Two replies to each prompt, the same random numbers for every model."""
         generator = torch.Generator().manual_seed(0)
-        return sample(net, [p for p in self.prompts for _ in range(2)], LONGEST, set(self.tokenizer.end_ids), 1.0, generator)
+        return sample(
+            net, [p for p in self.prompts for _ in range(2)], LONGEST, set(self.tokenizer.end_ids), 1.0, generator
+        )
 
     def pieces(self, ids):
         """The text of each token, '' for the end of the turn."""
@@ -84,7 +115,7 @@ class Lab:
         replies = self.samples(net)
         gold = self.gold(replies)
         arrays = [np.array(ids, np.int32) for ids in replies]
-        pairs = [data.Pair(np.array(p, np.int32), *arrays[2 * i:2 * i + 2], "") for i, p in enumerate(self.prompts)]
+        pairs = [data.Pair(np.array(p, np.int32), *arrays[2 * i : 2 * i + 2], "") for i, p in enumerate(self.prompts)]
         kl = torch.cat(logps(net, pairs)).sum() - torch.cat(logps(self.ref, pairs)).sum()
         wins = (gold > self.ref_gold).mean() + (gold == self.ref_gold).mean() / 2
         return {"gold": float(gold.mean()), "win": float(wins), "kl": float(kl) / len(replies)}
@@ -95,7 +126,7 @@ def logps(net, pairs):
     """Per pair the log-probs [C + R] of its response tokens, chosen then rejected."""
     found = []
     for start in range(0, len(pairs), 64):
-        some = pairs[start:start + 64]
+        some = pairs[start : start + 64]
         pack = data.collate(some)
         found += net(pack.tokens, pack).split([len(p.chosen) + len(p.rejected) for p in some])
     return found
@@ -103,18 +134,31 @@ def logps(net, pairs):
 
 def fit(lab, loss, pairs, ref, guide, seed, points, **changes):
     """Train from the reference to the last of the steps `points`. Yields (step, mean loss of an epoch, model) at each."""
-    options = option_table.resolve(["--loss", loss, "--lr", str(LR), "--schedule", "constant", "--warmup-ratio", "0.03",
-                                    "--batch-size", str(BATCH)])
+    options = option_table.resolve(
+        [
+            "--loss",
+            loss,
+            "--lr",
+            str(LR),
+            "--schedule",
+            "constant",
+            "--warmup-ratio",
+            "0.03",
+            "--batch-size",
+            str(BATCH),
+        ]
+    )
     options = dataclasses.replace(options, **{"beta": BETA, **changes})
     net = model.load_model(lab.start)
     optimiser = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    run = types.SimpleNamespace(options=options, rank=0, world=1, device=torch.device("cpu"),
-                                plan=types.SimpleNamespace(micro_tokens=8192))
+    run = types.SimpleNamespace(
+        options=options, rank=0, world=1, device=torch.device("cpu"), plan=types.SimpleNamespace(micro_tokens=8192)
+    )
     stage = train.Stage(loss, pairs, [], ref, guide)
     steps, recent, per_epoch = points[-1], [], -(-len(pairs) // BATCH)
     for step in range(steps):
         epoch, position = divmod(step, per_epoch)
-        batch = data.epoch_order(len(pairs), seed, epoch)[position * BATCH:(position + 1) * BATCH]
+        batch = data.epoch_order(len(pairs), seed, epoch)[position * BATCH : (position + 1) * BATCH]
         for group in optimiser.param_groups:
             group["lr"] = train.learning_rate(options, step, steps)
         recent.append(train.optimiser_step(run, net, optimiser, stage, batch)["loss"])
@@ -136,17 +180,18 @@ def guide_of(lab, kind, pairs, ref, seed, plan):
     own = [g - r for g, r in zip(logps(net, pairs), ref)]
     if kind == "TGDPO":
         return [r + o for r, o in zip(ref, own)], net
-    if kind == "TGDPO, f = 1 on shared tokens":         # the DPO guide, silent where both responses agree
+    if kind == "TGDPO, f = 1 on shared tokens":  # the DPO guide, silent where both responses agree
         return [r + o * ~shared(pair) for r, o, pair in zip(ref, own, pairs)], None
     net = None
     if kind == "TGDPO, gold guide":
         other = [torch.tensor(lab.token_gold(pair)) for pair in pairs]
-    elif kind == "TGDPO, shuffled guide":               # the DPO guide's, dealt to the tokens at random
+    elif kind == "TGDPO, shuffled guide":  # the DPO guide's, dealt to the tokens at random
         mixed = torch.randperm(sum(map(len, own)), generator=torch.Generator().manual_seed(seed))
         other = torch.cat(own)[mixed].split([len(o) for o in own])
-    elif kind == "TGDPO, cross-fitted guide":           # each half is judged by a guide that learned from the other
-        guide = (logps(trained(lab, pairs[half:], seed, steps, beta=BETA), pairs[:half]) +
-                 logps(trained(lab, pairs[:half], seed, steps, beta=BETA), pairs[half:]))
+    elif kind == "TGDPO, cross-fitted guide":  # each half is judged by a guide that learned from the other
+        guide = logps(trained(lab, pairs[half:], seed, steps, beta=BETA), pairs[:half]) + logps(
+            trained(lab, pairs[:half], seed, steps, beta=BETA), pairs[half:]
+        )
         other = [g - r for g, r in zip(guide, ref)]
     else:
         if kind == "TGDPO, SimPO guide":
@@ -165,7 +210,7 @@ def shared(pair):
     sides = pair.chosen.tolist(), pair.rejected.tolist()
     found = torch.zeros(sum(map(len, sides)), dtype=torch.bool)
     for a, b, size in difflib.SequenceMatcher(None, *sides, autojunk=False).get_matching_blocks():
-        found[a:a + size] = found[len(sides[0]) + b:len(sides[0]) + b + size] = True
+        found[a : a + size] = found[len(sides[0]) + b : len(sides[0]) + b + size] = True
     return found
 
 
@@ -198,7 +243,7 @@ def training(job):
     try:
         for step, loss, net in run:
             line["curve"].append({"step": step, "loss": loss} | lab.measure(net))
-    except train.RunFailed as failure:
+    except RunFailed as failure:
         line["failed"] = str(failure)
     return line
 
@@ -206,12 +251,13 @@ def training(job):
 def worker(prompts):
     """Each worker process has a group and a lab of its own, and ends at once when the pool's owner says so."""
     with contextlib.redirect_stdout(None):
-        processes.start(5, "cpu")
+        process_group.start(5, "cpu")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     training.lab = Lab(prompts)
 
 
 # -------------------------------------------------------------------------------------------------- the study
+
 
 def jobs(plan):
     """Every training, the most telling first: seed by seed."""
@@ -258,7 +304,7 @@ def main(argv=None):
             pool = stack.enter_context(context.Pool(given.workers, worker, (plan["prompts"],)))
             finished = pool.imap_unordered(training, missing)
         else:
-            stack.callback(processes.stop)
+            stack.callback(process_group.stop)
             worker(plan["prompts"])
             finished = map(training, missing)
         for number, line in enumerate(finished, len(done) + 1):
@@ -266,9 +312,13 @@ def main(argv=None):
             file.flush()
             lines.append(line)
             last = line["curve"][-1] if line["curve"] else {"gold": math.nan, "kl": math.nan}
-            print(f"{number}/{len(done) + len(missing)} {line['method']}, {line['pairs']} pairs, alpha {line['alpha']}, "
-                  f"seed {line['seed']}: gold {last['gold']:.2f}, KL {last['kl']:.1f}", flush=True)
+            print(
+                f"{number}/{len(done) + len(missing)} {line['method']}, {line['pairs']} pairs, alpha {line['alpha']}, "
+                f"seed {line['seed']}: gold {last['gold']:.2f}, KL {last['kl']:.1f}",
+                flush=True,
+            )
     from examples.tiny import study_page
+
     study_page.write(page, work, lines, start)
     print(f"written: {page}")
     return 0

@@ -6,11 +6,11 @@ import numpy as np
 
 # Two-sided 95 % points of Student's t by degrees of freedom (any statistics book).
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-KLS = (1, 2, 4, 8, 16)      # nats per reply
+KLS = (1, 2, 4, 8, 16)  # nats per reply
 EQUAL_STEPS = (16, 32, 64, 128, 256)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000", "#882255", "#117733")
-MAIN = ("DPO", "SimPO", "TGDPO", "TGDPO, gold guide", "TGDPO, shuffled guide")     # the rest are learned guides
-NEAR = (0.05, 0.5, 1, 2, 4, 8, 12, 16, 24, 32)      # nats: the points of the frontier's plot
+MAIN = ("DPO", "SimPO", "TGDPO", "TGDPO, gold guide", "TGDPO, shuffled guide")  # the rest are learned guides
+NEAR = (0.05, 0.5, 1, 2, 4, 8, 12, 16, 24, 32)  # nats: the points of the frontier's plot
 
 
 def interval(values):
@@ -80,15 +80,21 @@ def svg(path, title, xlabel, ylabel, series):
     y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
     px = lambda x: left + (x - x0) / ((x1 - x0) or 1) * (width - left - right)
     py = lambda y: height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-           f'<rect width="{width}" height="{height}" fill="white"/><text x="{left}" y="20" font-size="14">{title}</text>']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/><text x="{left}" y="20" font-size="14">{title}</text>',
+    ]
     for i in range(5):
         x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        out.append(f'<text x="{px(x):.1f}" y="{height - 28}" text-anchor="middle">{x:.4g}</text>'
-                   f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-                   f'<path d="M{left} {py(y):.1f}H{width - right}" stroke="#ddd"/>')
-    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{xlabel}</text>'
-               f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">{ylabel}</text>')
+        out.append(
+            f'<text x="{px(x):.1f}" y="{height - 28}" text-anchor="middle">{x:.4g}</text>'
+            f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+            f'<path d="M{left} {py(y):.1f}H{width - right}" stroke="#ddd"/>'
+        )
+    out.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{xlabel}</text>'
+        f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">{ylabel}</text>'
+    )
     for number, (name, (xs, ys, halves)) in enumerate(series.items()):
         colour, y = COLOURS[number % len(COLOURS)], top + 16 * number
         if halves is not None and not any(map(math.isnan, halves)):
@@ -98,8 +104,10 @@ def svg(path, title, xlabel, ylabel, series):
         line = " L".join(f"{px(x):.1f} {py(v):.1f}" for x, v in zip(xs, ys))
         out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{px(x):.1f}" cy="{py(v):.1f}" r="2.5" fill="{colour}"/>' for x, v in zip(xs, ys)]
-        out.append(f'<rect x="{width - right + 16}" y="{y}" width="12" height="4" fill="{colour}"/>'
-                   f'<text x="{width - right + 34}" y="{y + 8}">{name}</text>')
+        out.append(
+            f'<rect x="{width - right + 16}" y="{y}" width="12" height="4" fill="{colour}"/>'
+            f'<text x="{width - right + 34}" y="{y + 8}">{name}</text>'
+        )
     path.write_text("\n".join(out) + "\n</svg>\n")
 
 
@@ -133,77 +141,153 @@ def write(page, work, lines, plan):
     dpo, sizes = methods["DPO"], sorted({plan["pairs"], *plan["sizes"]})
     alphas = {a: of("TGDPO", alpha=a) for a in plan["alphas"] if of("TGDPO", alpha=a)}
     claims = page.parent / "CLAIMS.md"
-    text = [f"""# The paper's claims on the tiny example
+    text = [
+        f"""# The paper's claims on the tiny example
 
-`python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan['seeds']} seeds, each of which draws its
-own pairs and their order. {steps} steps of {plan['batch']} pairs are {epochs:.0f} epochs over {plan['pairs']} pairs, far past the point where
-a run would stop; AdamW at {plan['lr']}, constant after a short warm-up. β {plan['beta']} (SimPO {plan['simpo']['beta']}, γ {plan['simpo']['gamma']}), α 1
-unless said. The guide is DPO after {plan['guide_steps']} steps on the same pairs. All other guides' r̂ (SimPO's, of another β, of half
+`python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan["seeds"]} seeds, each of which draws its
+own pairs and their order. {steps} steps of {plan["batch"]} pairs are {epochs:.0f} epochs over {plan["pairs"]} pairs, far past the point where
+a run would stop; AdamW at {plan["lr"]}, constant after a short warm-up. β {plan["beta"]} (SimPO {plan["simpo"]["beta"]}, γ {plan["simpo"]["gamma"]}), α 1
+unless said. The guide is DPO after {plan["guide_steps"]} steps on the same pairs. All other guides' r̂ (SimPO's, of another β, of half
 the pairs, gold, shuffled over the tokens, cross-fitted: each half of the pairs judged by a guide from the other) are
 scaled to the spread of that guide's, so that only their direction differs.
 
-Measured on {2 * plan['prompts']} samples for held-out prompts: the gold reward, which no method sees (the reference has
-{plan['gold']:.2f}); the share of samples that beat the reference's for the same prompt; the KL divergence from the
+Measured on {2 * plan["prompts"]} samples for held-out prompts: the gold reward, which no method sees (the reference has
+{plan["gold"]:.2f}); the share of samples that beat the reference's for the same prompt; the KL divergence from the
 reference per reply, in nats. ± is a 95 % confidence interval over seeds; in brackets the difference to DPO with
 the same seed. *Best* is the measured point with the highest gold reward, an oracle's choice. The responses of a
-held-out pair have {plan['shared']:.0%} of their tokens in common, in the same order.
-"""]
+held-out pair have {plan["shared"]:.0%} of their tokens in common, in the same order.
+"""
+    ]
     if claims.exists() and page.parent == work.parent:
         text.append(claims.read_text().strip() + "\n")
     text.append(f"## Each method, {plan['pairs']} pairs")
-    table(("method", "gold, best", "KL there", "gold, end", "win rate, end", "KL, end", "loss, end"), [
-        (m, beside(rows, dpo, lambda row: best(row)["gold"]), shown([best(r)["kl"] for r in rows], 0),
-         beside(rows, dpo, end("gold")), shown([100 * end("win")(r) for r in rows], 0) + " %",
-         shown([end("kl")(r) for r in rows], 0), shown([end("loss")(r) for r in rows], 3))
-        for m, rows in methods.items()])
+    table(
+        ("method", "gold, best", "KL there", "gold, end", "win rate, end", "KL, end", "loss, end"),
+        [
+            (
+                m,
+                beside(rows, dpo, lambda row: best(row)["gold"]),
+                shown([best(r)["kl"] for r in rows], 0),
+                beside(rows, dpo, end("gold")),
+                shown([100 * end("win")(r) for r in rows], 0) + " %",
+                shown([end("kl")(r) for r in rows], 0),
+                shown([end("loss")(r) for r in rows], 3),
+            )
+            for m, rows in methods.items()
+        ],
+    )
     learned = [m for m in methods if m not in MAIN]
-    for name, title, some in (("methods", "Gold reward of samples over training", MAIN),
-                              ("guides", "The same with other learned guides", ("DPO", "TGDPO", *learned))):
+    for name, title, some in (
+        ("methods", "Gold reward of samples over training", MAIN),
+        ("guides", "The same with other learned guides", ("DPO", "TGDPO", *learned)),
+    ):
         plot(name, title, "step", {m: curve(methods[m], "step", "gold") for m in some if m in methods})
-    frontier = {m: [(kl, np.mean(found)) for kl in NEAR
-                    if (found := [v for row in rows if (v := at_kl(row, kl)) is not None])]
-                for m, rows in methods.items()}
-    plot("frontier", "Gold reward against KL from the reference", "KL per reply, nats",
-         {m: ([kl for kl, _ in points], [gold for _, gold in points], None) for m, points in frontier.items() if points})
+    frontier = {
+        m: [(kl, np.mean(found)) for kl in NEAR if (found := [v for row in rows if (v := at_kl(row, kl)) is not None])]
+        for m, rows in methods.items()
+    }
+    plot(
+        "frontier",
+        "Gold reward against KL from the reference",
+        "KL per reply, nats",
+        {m: ([kl for kl, _ in points], [gold for _, gold in points], None) for m, points in frontier.items() if points},
+    )
 
     text.append("\n## Gold reward at equal steps")
     places = [k for k, step in enumerate(plan["points"]) if step in EQUAL_STEPS] or range(len(plan["points"]))
-    table(("method", *(f"step {plan['points'][k]}" for k in places)), [
-        (m, *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places)) for m, rows in methods.items()])
+    table(
+        ("method", *(f"step {plan['points'][k]}" for k in places)),
+        [(m, *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places)) for m, rows in methods.items()],
+    )
     text.append("\n## Gold reward at equal KL\n\nWhere a training first passes the KL, interpolated.")
-    table(("method", *(f"KL {kl}" for kl in KLS)), [
-        (m, *(beside(rows, dpo, lambda row: at_kl(row, kl)) for kl in KLS)) for m, rows in methods.items()])
-    text.append("\n## Against the shuffled guide\n\nThe same, in brackets the difference to the DPO guide's r̂ dealt to "
-                "the tokens at random: what the direction of r̂ is worth.")
+    table(
+        ("method", *(f"KL {kl}" for kl in KLS)),
+        [(m, *(beside(rows, dpo, lambda row: at_kl(row, kl)) for kl in KLS)) for m, rows in methods.items()],
+    )
+    text.append(
+        "\n## Against the shuffled guide\n\nThe same, in brackets the difference to the DPO guide's r̂ dealt to "
+        "the tokens at random: what the direction of r̂ is worth."
+    )
     random = methods["TGDPO, shuffled guide"]
-    table(("method", *(f"step {plan['points'][k]}" for k in places[:2]), *(f"KL {kl}" for kl in KLS)), [
-        (m, *(beside(rows, random, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
-         *(beside(rows, random, lambda row: at_kl(row, kl)) for kl in KLS))
-        for m, rows in methods.items() if m.startswith("TGDPO")])
+    table(
+        ("method", *(f"step {plan['points'][k]}" for k in places[:2]), *(f"KL {kl}" for kl in KLS)),
+        [
+            (
+                m,
+                *(beside(rows, random, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
+                *(beside(rows, random, lambda row: at_kl(row, kl)) for kl in KLS),
+            )
+            for m, rows in methods.items()
+            if m.startswith("TGDPO")
+        ],
+    )
 
     half = np.mean([best(row)["gold"] for row in dpo]) / 2
-    text.append(f"\n## α and the speed\n\nDPO needs {shown([s for r in dpo if (s := steps_to(r, half))], 0)} steps to half of "
-                f"its best gold reward, {half:.2f}.")
-    table(("α", "steps to that", *(f"gold, step {plan['points'][k]}" for k in places[:2]), "gold, best", "gold, end",
-           "KL, end", "tokens with f ≤ 0", "at most"), [
-        (f"{a}", shown([s for r in rows if (s := steps_to(r, half))], 0),
-         *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
-         beside(rows, dpo, lambda row: best(row)["gold"]), beside(rows, dpo, end("gold")),
-         shown([end("kl")(r) for r in rows], 0), shown([100 * r["f_nonpositive"] for r in rows]) + " %",
-         f"{max(100 * r['f_nonpositive'] for r in rows):.2f} %")
-        for a, rows in alphas.items()])
-    plot("alpha", "TGDPO: gold reward over training by α", "step",
-         {"DPO": curve(dpo, "step", "gold")} | {f"α {a}": curve(rows, "step", "gold") for a, rows in alphas.items()})
+    text.append(
+        f"\n## α and the speed\n\nDPO needs {shown([s for r in dpo if (s := steps_to(r, half))], 0)} steps to half of "
+        f"its best gold reward, {half:.2f}."
+    )
+    table(
+        (
+            "α",
+            "steps to that",
+            *(f"gold, step {plan['points'][k]}" for k in places[:2]),
+            "gold, best",
+            "gold, end",
+            "KL, end",
+            "tokens with f ≤ 0",
+            "at most",
+        ),
+        [
+            (
+                f"{a}",
+                shown([s for r in rows if (s := steps_to(r, half))], 0),
+                *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
+                beside(rows, dpo, lambda row: best(row)["gold"]),
+                beside(rows, dpo, end("gold")),
+                shown([end("kl")(r) for r in rows], 0),
+                shown([100 * r["f_nonpositive"] for r in rows]) + " %",
+                f"{max(100 * r['f_nonpositive'] for r in rows):.2f} %",
+            )
+            for a, rows in alphas.items()
+        ],
+    )
+    plot(
+        "alpha",
+        "TGDPO: gold reward over training by α",
+        "step",
+        {"DPO": curve(dpo, "step", "gold")} | {f"α {a}": curve(rows, "step", "gold") for a, rows in alphas.items()},
+    )
 
-    text.append(f"\n## How many pairs\n\nAll sizes train for {steps} steps, so the fewer pairs the more epochs: "
-                + ", ".join(f"{size} pairs {steps * plan['batch'] / size:.0f}" for size in sizes) + ".")
-    table(("pairs", "method", "gold, best", "gold, end", "KL, end", *(f"at KL {kl}" for kl in (4, 16))), [
-        (f"{size}", m, beside(rows, of("DPO", size), lambda row: best(row)["gold"]),
-         beside(rows, of("DPO", size), end("gold")), shown([end("kl")(r) for r in rows], 0),
-         *(beside(rows, of("DPO", size), lambda row: at_kl(row, kl)) for kl in (4, 16)))
-        for size in sizes for m in ("DPO", "SimPO", "TGDPO") if (rows := of(m, size))])
+    text.append(
+        f"\n## How many pairs\n\nAll sizes train for {steps} steps, so the fewer pairs the more epochs: "
+        + ", ".join(f"{size} pairs {steps * plan['batch'] / size:.0f}" for size in sizes)
+        + "."
+    )
+    table(
+        ("pairs", "method", "gold, best", "gold, end", "KL, end", *(f"at KL {kl}" for kl in (4, 16))),
+        [
+            (
+                f"{size}",
+                m,
+                beside(rows, of("DPO", size), lambda row: best(row)["gold"]),
+                beside(rows, of("DPO", size), end("gold")),
+                shown([end("kl")(r) for r in rows], 0),
+                *(beside(rows, of("DPO", size), lambda row: at_kl(row, kl)) for kl in (4, 16)),
+            )
+            for size in sizes
+            for m in ("DPO", "SimPO", "TGDPO")
+            if (rows := of(m, size))
+        ],
+    )
     text.append("\n## How well r̂ finds the gold reward\n\nPearson's correlation per token over the held-out pairs.")
-    table(("guide", "pairs", "correlation"), [
-        (m, f"{size}", shown(found, 3)) for m in methods for size in sizes
-        if (found := [r["correlation"] for r in of(m, size) if "correlation" in r])])
+    table(
+        ("guide", "pairs", "correlation"),
+        [
+            (m, f"{size}", shown(found, 3))
+            for m in methods
+            for size in sizes
+            if (found := [r["correlation"] for r in of(m, size) if "correlation" in r])
+        ],
+    )
     page.write_text("\n".join(text) + "\n")

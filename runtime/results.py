@@ -9,15 +9,14 @@ import sys
 
 import torch
 
-import model
-from harness import cache, checkpoint, memory, options as option_table, preview
-from harness.options import BadOption
-from harness.progress import say
-from report import report
+from files.errors import BadInput
+from runtime import cache, checkpoint, memory, preview
+from runtime import options as option_table
+from runtime.progress import say
 
 
 def foresee_space(out, options, config, width, pairs, eval_pairs):
-    """Raises BadOption unless the disk of `out` holds what the run will write, beside what it has already.
+    """Raises BadInput unless the disk of `out` holds what the run will write, beside what it has already.
 
     config: the model's; width: bytes of a number of the exported models."""
     root, block = memory.parameters(config)
@@ -31,10 +30,11 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
     there = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     if (free := shutil.disk_usage(out).free) + there < need:
-        raise BadOption(
+        raise BadInput(
             f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
             f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, the models and the log-probs; "
-            "free some, lower --keep or give another directory")
+            "free some, lower --keep or give another directory"
+        )
 
 
 def begin(out, options, identity, counts, plan, ranks):
@@ -45,16 +45,26 @@ def begin(out, options, identity, counts, plan, ranks):
         checkpoint.same_run(out, before["identity"], identity)
         guide = {"guide": before["guide"]} if "guide" in before else {}
     write(os.path.join(out, "config.toml"), option_table.to_toml(options))
-    write(os.path.join(out, "dropped.jsonl"), "".join(
-        json.dumps(drop, ensure_ascii=False) + "\n" for count in counts.values() for drop in count.dropped))
+    write(
+        os.path.join(out, "dropped.jsonl"),
+        "".join(json.dumps(drop, ensure_ascii=False) + "\n" for count in counts.values() for drop in count.dropped),
+    )
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else _processor()
-    write_json(path, {
-        "command": " ".join(["python", *sys.argv]), "identity": identity,
-        "machine": {"device": device, "ranks": ranks.world, "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "data": {name: {"rows": c.rows, "kept": c.kept, "cut": c.cut, "boundary": c.boundary,
-                        "dropped": len(c.dropped)} for name, c in counts.items()},
-        "plan": plan._asdict()} | guide)
+    write_json(
+        path,
+        {
+            "command": " ".join(["python", *sys.argv]),
+            "identity": identity,
+            "machine": {"device": device, "ranks": ranks.world, "threads": torch.get_num_threads()},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "data": {
+                name: {"rows": c.rows, "kept": c.kept, "cut": c.cut, "boundary": c.boundary, "dropped": len(c.dropped)}
+                for name, c in counts.items()
+            },
+            "plan": plan._asdict(),
+        }
+        | guide,
+    )
     for line in option_table.to_toml(options).splitlines():
         if line and not line.startswith("#"):
             say("  " + line)
@@ -68,65 +78,65 @@ def has_guide(out):
     return os.path.isdir(os.path.join(out, "guide")) or begun and "guide" in read_run(os.path.join(out, "run.json"))
 
 
-def same_guide(out, directory, new):
-    """-> the digest of the guide that stage 1 left in OUT/guide, kept in run.json. Raises BadCheckpointState where what
-    stands there now is another, or nothing. new: it was exported just now."""
+def same_guide(out, directory, new, check):
+    """-> the digest of the guide that stage 1 left in OUT/guide, kept in run.json. Raises BadInput where
+    what stands there now is another, or nothing. new: it was exported just now. check: raises BadInput where the
+    checkpoint is not whole."""
     path = os.path.join(out, "run.json")
     run = read_run(path)
     mend = "put back what stage 1 exported, or start anew with --overwrite"
     if not os.path.isdir(directory):
-        raise checkpoint.BadCheckpointState(f"{directory} is gone, by which the policy is trained: {mend}")
+        raise BadInput(f"{directory} is gone, by which the policy is trained: {mend}")
     try:
-        model.check(directory)
-    except model.BadCheckpoint as error:
-        raise checkpoint.BadCheckpointState(f"the guide is damaged: {error}: {mend}") from None
+        check(directory)
+    except BadInput as error:
+        raise BadInput(f"the guide is damaged: {error}: {mend}") from None
     digest = cache.weights_digest(directory)
     if not new and run.get("guide", digest) != digest:
-        raise checkpoint.BadCheckpointState(f"{directory} holds other weights than stage 1 exported: {mend}")
+        raise BadInput(f"{directory} holds other weights than stage 1 exported: {mend}")
     write_json(path, run | {"guide": digest})
     return digest
 
 
 def finish(out, options, tokenizer, pairs, models, answers):
-    """Print the table and the answers, write tokens.jsonl, samples.json and report.html.
+    """Print the table and the answers, write tokens.jsonl and samples.json.
 
     pairs: the evaluation pairs (the training pairs without any); models: name -> their log-probs, [C + R] a pair in
     the order of pairs, or None; answers: name -> [(prompt, answer)]."""
-    table = [_figures(name, logps, models["reference"], pairs, options.beta)
-             for name, logps in models.items() if logps]
+    table = [_figures(name, logps, models["reference"], pairs, options.beta) for name, logps in models.items() if logps]
     figure = "log-ratio" if models["reference"] else "log p"
     say(f"\n{len(models['policy'])} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
     for row in table:
         name, *numbers = row.values()
         say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(name, *numbers))
-    samples = [{"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
-               for i, (prompt, _) in enumerate(answers["policy"])]
+    samples = [
+        {"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
+        for i, (prompt, _) in enumerate(answers["policy"])
+    ]
     for sample in samples:
         say("")
         for name, text in sample.items():
             say(f"  {name:<10}{text!r}")
     write_json(os.path.join(out, "samples.json"), samples)
     with open(os.path.join(out, "tokens.jsonl"), "w", encoding="utf-8") as file:
-        for i, pair in enumerate(pairs[:options.report_pairs]):
+        for i, pair in enumerate(pairs[: options.report_pairs]):
             row = {"source": pair.source, "prompt": tokenizer.decode(pair.prompt)}
             for side, start, ids in (("chosen", 0, pair.chosen), ("rejected", len(pair.chosen), pair.rejected)):
                 row[side] = {"tokens": tokenizer.pieces(ids)}
                 for name, logps in models.items():
                     if logps:
                         key = "ref" if name == "reference" else name
-                        row[side][key] = [round(x, 6) for x in logps[i][start:start + len(ids)].tolist()]
+                        row[side][key] = [round(x, 6) for x in logps[i][start : start + len(ids)].tolist()]
             file.write(json.dumps(row) + "\n")
     path = os.path.join(out, "run.json")
     write_json(path, read_run(path) | {"table": table})
-    report.write(out)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")
     if options.loss == "tgdpo":
         say(f"the guide:  {options.guide or os.path.join(out, 'guide')}")
-    say(f"the page:   {os.path.join(out, 'report.html')}")
 
 
 def read_run(path):
-    """The object of a run.json. Raises BadCheckpointState where it is not what `begin` wrote."""
+    """The object of a run.json. Raises BadInput where it is not what `begin` wrote."""
     try:
         with open(path, encoding="utf-8") as file:
             run = json.load(file)
@@ -134,8 +144,10 @@ def read_run(path):
             return run
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise checkpoint.BadCheckpointState(f"{path} is damaged, so that nothing tells which run this is; "
-                                        "remove it to resume all the same, or start anew with --overwrite")
+    raise BadInput(
+        f"{path} is damaged, so that nothing tells which run this is; "
+        "remove it to resume all the same, or start anew with --overwrite"
+    )
 
 
 def write_json(path, value):
@@ -156,15 +168,20 @@ def write(path, text):
 def _figures(name, logps, ref, pairs, beta):
     """A row of the table: means over the pairs of the plain DPO reward margin and of log pi/pi_ref of each side.
     SimPO has no reference: without one they are its margin, of mean log-probs, and log pi of each side."""
-    sums, lengths = [], [(len(pair.chosen), len(pair.rejected)) for pair in pairs[:len(logps)]]
+    sums, lengths = [], [(len(pair.chosen), len(pair.rejected)) for pair in pairs[: len(logps)]]
     for i, (logp, (C, _)) in enumerate(zip(logps, lengths)):
         ratio = (logp - ref[i] if ref else logp).double()
         sums.append((ratio[:C].sum(), ratio[C:].sum()))
-    sums = torch.tensor(sums)                                           # [B, 2]
+    sums = torch.tensor(sums)  # [B, 2]
     rewards = beta * (sums if ref else sums / torch.tensor(lengths))
     margin, figure = rewards[:, 0] - rewards[:, 1], "logratio" if ref else "logp"
-    return {"model": name, "accuracy": (margin > 0).double().mean().item(), "margin": margin.mean().item(),
-            f"{figure}_chosen": sums[:, 0].mean().item(), f"{figure}_rejected": sums[:, 1].mean().item()}
+    return {
+        "model": name,
+        "accuracy": (margin > 0).double().mean().item(),
+        "margin": margin.mean().item(),
+        f"{figure}_chosen": sums[:, 0].mean().item(),
+        f"{figure}_rejected": sums[:, 1].mean().item(),
+    }
 
 
 def _processor():

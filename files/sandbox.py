@@ -5,6 +5,7 @@ answered by {}; then {"prompt": messages, "replies": [text]}, answered by {"text
 prompt, then the conversation with each reply]}. Else {"row": why} where the template fails on this row,
 {"template": why} where it must not be used at all. Taking too long ends the process by SIGPROF.
 """
+
 import datetime
 import importlib.metadata
 import json
@@ -16,13 +17,14 @@ import sys
 import jinja2.ext
 import jinja2.sandbox
 
-MEMORY = 1 << 30        # bytes of address space
-SECONDS = 3             # of processor time a row, so that a busy machine stops no honest template
+MEMORY = 1 << 30  # bytes of address space
+SECONDS = 3  # of processor time a row, so that a busy machine stops no honest template
 TODAY = datetime.datetime(2024, 7, 26)
 
 
 class Generation(jinja2.ext.Extension):
     """{% generation %} marks the assistant's text for trainers that mask by it; here it is a scope."""
+
     tags = {"generation"}
 
     def parse(self, parser):
@@ -65,17 +67,18 @@ def raise_exception(message):
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def compile_template(source):
     """The template in transformers' environment (utils/chat_template_utils.py), but with a fixed date."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = to_json
-    environment.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime, dict=Dict(),
-                               namespace=Namespace)
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=TODAY.strftime, dict=Dict(), namespace=Namespace
+    )
     return environment.from_string(source)
 
 
@@ -86,8 +89,11 @@ def answer(job, template, tokens):
     try:
         for reply in [None, *job["replies"]]:
             messages = prompt if reply is None else [*prompt, {"role": "assistant", "content": reply}]
-            texts.append(template.render(messages=messages, tools=None, documents=None,
-                                         add_generation_prompt=reply is None, **tokens))
+            texts.append(
+                template.render(
+                    messages=messages, tools=None, documents=None, add_generation_prompt=reply is None, **tokens
+                )
+            )
             if len(texts[-1]) > limit + 100 * len(reply or ""):
                 raise MemoryError
             texts[-1].encode()
@@ -101,7 +107,7 @@ def answer(job, template, tokens):
 
 def main():
     for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))       # no file grows: whatever got out could write nothing
+        resource.setrlimit(limit, (value, value))  # no file grows: whatever got out could write nothing
     template = tokens = None
     for line in sys.stdin.buffer:
         job = json.loads(line)

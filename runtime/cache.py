@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from harness.checkpoint import digests, fsync, line
+from runtime.checkpoint import digests, fsync, line
 
 
 def key(parts):

@@ -4,43 +4,34 @@ import collections
 import json
 import stat
 
-BATCH = 512     # rows of a parquet file that are decoded at a time
+from files.errors import BadInput, BadRow, brief
 
-
-class BadData(ValueError):
-    """Input that cannot be used: what, where and the mend in one line (several bad rows: a line each)."""
-
-
-class BadRow(BadData):
-    """A row that cannot be read: "kind: detail". File and row are added where they are known."""
-
-
-def brief(text):
-    """What strangers wrote, as one printable line of 200 characters at most."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:1000]).split())
-    return line if len(line) <= 200 else line[:197] + "..."
+BATCH = 512  # rows of a parquet file that are decoded at a time
 
 
 def open_file(path):
-    """Opens a regular file of bytes; BadData says what else stands there."""
+    """Opens a regular file of bytes; BadInput says what else stands there."""
     try:
         mode = path.stat().st_mode
         regular = stat.S_ISREG(mode)
         file = open(path, "rb") if regular else None
         head = file.peek(64) if regular else b""
     except FileNotFoundError:
-        raise BadData(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:      # ValueError: a NUL in the name
-        raise BadData(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadInput(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', error)}") from None
     for found, what in (
-            (stat.S_ISDIR(mode), "is a directory; name the files in it"),
-            (not regular, "is a pipe or a device, not a regular file"),
-            (not head, "is empty"),
-            (head.startswith(b"\x1f\x8b"), "is compressed with gzip; gunzip it first"),
-            (head.startswith(b"version https://git-lfs"),
-             "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")):
+        (stat.S_ISDIR(mode), "is a directory; name the files in it"),
+        (not regular, "is a pipe or a device, not a regular file"),
+        (not head, "is empty"),
+        (head.startswith(b"\x1f\x8b"), "is compressed with gzip; gunzip it first"),
+        (
+            head.startswith(b"version https://git-lfs"),
+            "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it",
+        ),
+    ):
         if found:
-            raise BadData(f"{path}: {what}")
+            raise BadInput(f"{path}: {what}")
     return file
 
 
@@ -57,8 +48,9 @@ def object_of(members):
     return value
 
 
-STRICT = json.JSONDecoder(object_pairs_hook=object_of,
-                          parse_constant=lambda name: BadRow(f"{name}: is no JSON value; write null"))
+STRICT = json.JSONDecoder(
+    object_pairs_hook=object_of, parse_constant=lambda name: BadRow(f"{name}: is no JSON value; write null")
+)
 
 
 def parse(raw):
@@ -70,28 +62,28 @@ def parse(raw):
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return BadRow(f"broken JSON: {error.msg} at {line}column {error.colno}")
-    except (RecursionError, ValueError) as error:       # a ValueError is an integer of more than 4300 digits
+    except (RecursionError, ValueError) as error:  # a ValueError is an integer of more than 4300 digits
         return BadRow(f"broken JSON: {brief(error)}")
 
 
 def read_rows(path):
     """Yields (row, value) of a .jsonl, .json or .parquet file; the value is a BadRow where it cannot be read.
-    Raises BadData where the file as a whole cannot."""
+    Raises BadInput where the file as a whole cannot."""
     with open_file(path) as file:
         if path.suffix == ".parquet":
             rows = enumerate(parquet_rows(path), 1)
         elif path.suffix not in (".jsonl", ".json"):
-            raise BadData(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
+            raise BadInput(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
         elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             values = parse(file.read())
             if isinstance(values, BadRow):
-                raise BadData(f"{path}: {values}")
+                raise BadInput(f"{path}: {values}")
             rows = enumerate(values, 1)
-        else:       # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
+        else:  # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
             rows = ((row, parse(line.rstrip())) for row, line in enumerate(file, 1) if line.strip())
         first = next(rows, None)
         if first is None:
-            raise BadData(f"{path}: has no rows")
+            raise BadInput(f"{path}: has no rows")
         yield first
         yield from rows
 
@@ -101,12 +93,12 @@ def parquet_rows(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise BadData(f"{path}: needs pyarrow; pip install pyarrow, or convert the file to .jsonl") from None
+        raise BadInput(f"{path}: needs pyarrow; pip install pyarrow, or convert the file to .jsonl") from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadData(f"{path}: is no parquet file that pyarrow reads: {brief(error)}") from None
+        raise BadInput(f"{path}: is no parquet file that pyarrow reads: {brief(error)}") from None
 
 
 def read_object(path):
@@ -116,5 +108,5 @@ def read_object(path):
     with open_file(path) as file:
         value = parse(file.read())
     if not isinstance(value, dict):
-        raise BadData(f"{path}: " + (str(value) if isinstance(value, BadRow) else "must be a JSON object"))
+        raise BadInput(f"{path}: " + (str(value) if isinstance(value, BadRow) else "must be a JSON object"))
     return value

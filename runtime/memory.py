@@ -6,24 +6,25 @@ What an allocator keeps of freed memory comes on top: on CPU it may more than do
 
 from typing import NamedTuple
 
-CPU_TOKENS = 4096           # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run
-CUDA_TOKENS = 16384         # and at most on CUDA; larger packs gain nothing
-ENOUGH_TOKENS = 4096        # on CUDA: rather than with fewer, activations are computed again
-SHARE = 0.85                # of a GPU's memory that the plan may fill; the rest is for fragments, the library
-CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20     # float32 logits alive at once: model.chunk_rows' budgets
-GPU = 80 * 10**9            # a GPU's memory, for the table of a machine that has none
-TABLE = (1, 2, 4, 8, 16, 32, 64)                # numbers of ranks
+CPU_TOKENS = 4096  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run
+CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
+ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
+SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
+CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_rows' budgets
+GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
+TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 
 
 class Plan(NamedTuple):
     """What the device decides where the options leave it open."""
-    micro_tokens: int               # tokens a rank puts through the model at once while it trains
-    micro_tokens_forward: int       # and where it only needs log-probs
-    recompute: str                  # activation checkpointing: none, selective (every second block) or full
+
+    micro_tokens: int  # tokens a rank puts through the model at once while it trains
+    micro_tokens_forward: int  # and where it only needs log-probs
+    recompute: str  # activation checkpointing: none, selective (every second block) or full
     compile: bool
-    parts: dict                     # what a rank holds at its fullest, name -> bytes
-    longest: int                    # tokens of the longest pair
-    room: int                       # the GPU's bytes; 0 on CPU
+    parts: dict  # what a rank holds at its fullest, name -> bytes
+    longest: int  # tokens of the longest pair
+    room: int  # the GPU's bytes; 0 on CPU
 
     def recomputes(self, layer):
         """Whether block number `layer` computes its activations again in the backward pass."""
@@ -43,10 +44,10 @@ def parameters(config):
 def activation_bytes(config, width, cuda, compiled):
     """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there."""
     C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
-    norm = (2 * width if compiled else 4 + 2 * width) * C       # float32 input, normalised, and the output
-    query = (2 if cuda else 3) * config.num_attention_heads * D     # and the output, once more on CPU
-    keys = 3 * config.num_key_value_heads * D                   # and values, half as many again for prompts
-    mlp = (3 if compiled else 4) * I                            # gate, up, silu(gate) and their product
+    norm = (2 * width if compiled else 4 + 2 * width) * C  # float32 input, normalised, and the output
+    query = (2 if cuda else 3) * config.num_attention_heads * D  # and the output, once more on CPU
+    keys = 3 * config.num_key_value_heads * D  # and values, half as many again for prompts
+    mlp = (3 if compiled else 4) * I  # gate, up, silu(gate) and their product
     return 2 * norm + width * (query + keys + mlp)
 
 
@@ -56,20 +57,19 @@ def parts(config, world, width, tokens, recompute, cuda, compiled):
     root, block = parameters(config)
     V, C, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     shard = -(-(root + layers * block) // world)
-    ahead = width * block if world > 1 else 0               # the next block is fetched while one is at work
+    ahead = width * block if world > 1 else 0  # the next block is fetched while one is at work
     kept = tokens * activation_bytes(config, width, cuda, compiled)
-    whole = {"none": layers, "selective": layers - layers // 2, "full": 0}[recompute]   # blocks that keep all
-    saved = whole * kept + tokens * ((layers - whole) * width + 4 + 3 * width) * C      # with the last norm's
-    again = 0 if recompute == "none" else kept              # computed again, a block at a time
-    passed = min(layers, {"none": 2, "selective": 1, "full": 0}[recompute]) * kept      # kept by the last two
-    mlp = tokens * width * (2 * config.intermediate_size + 2 * C)                   # gradients within a block
+    whole = {"none": layers, "selective": layers - layers // 2, "full": 0}[recompute]  # blocks that keep all
+    saved = whole * kept + tokens * ((layers - whole) * width + 4 + 3 * width) * C  # with the last norm's
+    again = 0 if recompute == "none" else kept  # computed again, a block at a time
+    passed = min(layers, {"none": 2, "selective": 1, "full": 0}[recompute]) * kept  # kept by the last two
+    mlp = tokens * width * (2 * config.intermediate_size + 2 * C)  # gradients within a block
     chunks = max(1, -(-4 * V * tokens // (CUDA_LOGITS if cuda else CPU_LOGITS)))
-    chunk = 4 * V * tokens // chunks                        # of logits: two in the forward pass; then also
-    logits = max(2 * chunk, chunk + chunk // 2 * (width < 4) + 4 * V * C)   # in `width`, the head's gradient
+    chunk = 4 * V * tokens // chunks  # of logits: two in the forward pass; then also
+    logits = max(2 * chunk, chunk + chunk // 2 * (width < 4) + 4 * V * C)  # in `width`, the head's gradient
 
     def moment(gathered, gradients, activations, logits=0):
-        return {"gathered": gathered, "gathered gradients": gradients, "activations": activations,
-                "logits": logits}
+        return {"gathered": gathered, "gathered gradients": gradients, "activations": activations, "logits": logits}
 
     fullest = max(
         # The head's backward pass.
@@ -77,11 +77,15 @@ def parts(config, world, width, tokens, recompute, cuda, compiled):
         # The last block's: nothing is let go yet.
         moment(width * (root + block) + ahead, width * V * C, saved + again + mlp),
         # Late in the one before: its gradients, a third of what it kept, the last one's in the sum's buffer.
-        moment(width * root + max(width, 4 // world) * block + ahead, width * V * C + (width + 4) * block,
-               saved - passed + kept // 3),
+        moment(
+            width * root + max(width, 4 // world) * block + ahead,
+            width * V * C + (width + 4) * block,
+            saved - passed + kept // 3,
+        ),
         # The end: the buffer of the sum for embedding and head, with their gradients or this rank's rows.
         moment(0, (4 + max(width, 4 // world)) * root, 0),
-        key=lambda held: sum(held.values()))
+        key=lambda held: sum(held.values()),
+    )
     return {"weights": 4 * shard, "gradients": 4 * shard, "optimiser": 8 * shard} | fullest
 
 
@@ -93,8 +97,11 @@ def make(config, options, shards, device_type, width, longest, room):
     least = most if options.micro_tokens else longest
     asked = options.activation_checkpointing
     choices = (asked,) if asked != "auto" else ("none", "selective", "full") if cuda else ("none",)
-    tries = [(tokens, recompute) for recompute in choices
-             for tokens in range(most, min(most, max(least, ENOUGH_TOKENS)) - 1, -256)]
+    tries = [
+        (tokens, recompute)
+        for recompute in choices
+        for tokens in range(most, min(most, max(least, ENOUGH_TOKENS)) - 1, -256)
+    ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
     for tokens, recompute in tries:
         held = parts(config, shards, width, tokens, recompute, cuda, compiled)
@@ -111,20 +118,28 @@ def lines(plan, world):
     total = f"  {'together':<20}{sum(plan.parts.values()) / 1e9:10.3f} GB"
     if plan.room:
         total += f" of the GPU's {plan.room / 1e9:.0f}"
-    return [f"memory of a rank (of {world}), planned:", *rows, total,
-            f"micro-batches of {plan.micro_tokens} tokens, activation checkpointing {plan.recompute}, "
-            f"compile {'on' if plan.compile else 'off'}"]
+    return [
+        f"memory of a rank (of {world}), planned:",
+        *rows,
+        total,
+        f"micro-batches of {plan.micro_tokens} tokens, activation checkpointing {plan.recompute}, "
+        f"compile {'on' if plan.compile else 'off'}",
+    ]
 
 
 def table(config, options, plan):
     """What the plan would be for other numbers of GPUs, a line each."""
     room, width = plan.room or GPU, 4 if options.dtype == "float32" else 2
-    rows = [f"planned for GPUs of {room / 1e9:.0f} GB:",
-            "    ranks   weights, gradients, optimiser   together   micro-batch   checkpointing"]
+    rows = [
+        f"planned for GPUs of {room / 1e9:.0f} GB:",
+        "    ranks   weights, gradients, optimiser   together   micro-batch   checkpointing",
+    ]
     for ranks in TABLE:
         other = make(config, options, ranks, "cuda", width, plan.longest, room)
         held = other.parts.values()
-        rows.append(f"  {ranks:>7}{sum(list(held)[:3]) / 1e9:>29.1f} GB{sum(held) / 1e9:>8.1f} GB"
-                    f"{other.micro_tokens:>14}   {other.recompute}"
-                    + (f", more than {SHARE:.0%}" if sum(held) > SHARE * room else ""))
+        rows.append(
+            f"  {ranks:>7}{sum(list(held)[:3]) / 1e9:>29.1f} GB{sum(held) / 1e9:>8.1f} GB"
+            f"{other.micro_tokens:>14}   {other.recompute}"
+            + (f", more than {SHARE:.0%}" if sum(held) > SHARE * room else "")
+        )
     return rows

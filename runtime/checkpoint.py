@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +28,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from harness.processes import everywhere
+from files.errors import BadInput
+from runtime.disk import digests, fsync, line
+from runtime.failures import RunFailed
+from runtime.process_group import on_all_ranks
 
-FILE_BYTES = 2**28   # what a rank writes to one file, about: a file is put together in memory first
-
-
-class CannotSave(RuntimeError):
-    """A checkpoint could not be written. One line; the checkpoints before it stand."""
-
-
-class BadCheckpointState(ValueError):
-    """A checkpoint is damaged, or does not hold what is wanted. One line."""
+FILE_BYTES = 2**28  # what a rank writes to one file, about: a file is put together in memory first
 
 
-class CheckpointMismatch(BadCheckpointState):
+class CheckpointMismatch(BadInput):
     """A checkpoint is of other data, another model, another loss. One line that names what differs."""
 
 
@@ -53,27 +47,28 @@ def save(directory, step, tensors, state, keep):
         is taken to be the same on all ranks and is written once.
     state: a dict that JSON can hold; rank 0's is kept. The random state of every rank is added to it as
         `random` (a list), and `step`, `world_size` and `threads`.
-    Raises CannotSave on every rank when it fails on any, a full disk included.
+    Raises RunFailed on every rank when it fails on any, a full disk included.
     """
     directory = Path(directory)
     final, old, tmp = (directory / f"step-{step}{suffix}" for suffix in ("", ".old", ".tmp"))
     try:
         _on_rank_0(_make_room, directory, tmp, tensors)
-        everywhere(lambda: _see(tmp))
+        on_all_ranks(lambda: _see(tmp))
         storage = dcp.HuggingFaceStorageWriter(str(tmp), _file_of(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=storage)
-        shares, random_states = zip(*everywhere(lambda: (_sync(_share(tmp)), random_state())))
+        shares, random_states = zip(*on_all_ranks(lambda: (_sync(_share(tmp)), random_state())))
         content = {
-            "state": state | {"step": step, "world_size": _world_size(), "threads": torch.get_num_threads(),
-                              "random": random_states},
+            "state": state
+            | {"step": step, "world_size": _world_size(), "threads": torch.get_num_threads(), "random": random_states},
             "tensors": {name: _signature(tensor) for name, tensor in tensors.items()},
-            "files": {name: digest for share in shares for name, digest in share.items()}}
+            "files": {name: digest for share in shares for name, digest in share.items()},
+        }
         _on_rank_0(_put_in_place, tmp, final, old, content)
         tidy(final, keep)
     except (OSError, RuntimeError, CheckpointException) as failure:
         if _rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)      # gives a full disk its room back
-        raise CannotSave(f"{final} is not saved, those before it stand: {line(failure)}") from failure
+            shutil.rmtree(tmp, ignore_errors=True)  # gives a full disk its room back
+        raise RunFailed(f"{final} is not saved, those before it stand: {line(failure)}") from failure
 
 
 def tidy(path, keep):
@@ -95,7 +90,7 @@ def newest(directory, say=lambda line: None):
 def read_state(path, expected=None):
     """The state that `save` was given, with what it added: `step`, `world_size`, `threads` and `random`.
 
-    Not collective, reads no tensor. Raises BadCheckpointState where state.json is not what was written, and
+    Not collective, reads no tensor. Raises BadInput where state.json is not what was written, and
     CheckpointMismatch where state["identity"] is not `expected`: dicts such as {"data": ..., "loss": "dpo"},
     whose keys are the names used in the message.
     """
@@ -107,12 +102,17 @@ def read_state(path, expected=None):
 
 def same_run(path, there, here):
     """Raises CheckpointMismatch, naming what differs, unless the identity `there`, at `path`, is `here`."""
-    here = json.loads(json.dumps(here))     # as `there` was read: a tuple is a list by now
-    differ = [f"{name} ({there.get(name)} there, {here.get(name)} here)"
-              for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    here = json.loads(json.dumps(here))  # as `there` was read: a tuple is a list by now
+    differ = [
+        f"{name} ({there.get(name)} there, {here.get(name)} here)"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
     if differ:
-        raise CheckpointMismatch(f"{path} is of another run, these differ: {', '.join(differ)}; "
-                                 "resume with what it was made with, or start anew with --overwrite")
+        raise CheckpointMismatch(
+            f"{path} is of another run, these differ: {', '.join(differ)}; "
+            "resume with what it was made with, or start anew with --overwrite"
+        )
 
 
 def drop_stage(directory, stage):
@@ -127,7 +127,7 @@ def load(path, tensors, expected=None):
 
     The number of ranks may be another than the checkpoint's. Tensors that are not asked for are left alone.
     Every byte is checked by its digest first, each rank reading a share of the files. Raises
-    BadCheckpointState or CheckpointMismatch on every rank when anything is amiss on any.
+    BadInput or CheckpointMismatch on every rank when anything is amiss on any.
     """
     path = Path(path)
 
@@ -138,16 +138,18 @@ def load(path, tensors, expected=None):
         _check_tensors(path, content["tensors"], tensors)
         for name, digest in digests(_share(path)).items():
             if digest != content["files"][name]:
-                raise BadCheckpointState(f"{path / name} is damaged, its digest is not state.json's; delete "
-                                         "this checkpoint to go on from the one before")
+                raise BadInput(
+                    f"{path / name} is damaged, its digest is not state.json's; delete "
+                    "this checkpoint to go on from the one before"
+                )
         return str(path)
 
-    if len(places := set(everywhere(check))) > 1:
-        raise BadCheckpointState(f"the ranks were given different checkpoints: {', '.join(sorted(places))}")
+    if len(places := set(on_all_ranks(check))) > 1:
+        raise BadInput(f"the ranks were given different checkpoints: {', '.join(sorted(places))}")
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as failure:
-        raise BadCheckpointState(f"{path} cannot be loaded: {line(failure)}") from failure
+        raise BadInput(f"{path} cannot be loaded: {line(failure)}") from failure
     return read_state(path)
 
 
@@ -155,8 +157,11 @@ def random_state():
     """The state of this process's random generators (torch on CPU and CUDA, numpy, Python), for JSON."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    state = {"torch": _text(torch.get_rng_state().numpy()), "numpy": [name, _text(keys), *rest],
-             "python": [version, _text(np.array(words, np.uint32)), gauss]}
+    state = {
+        "torch": _text(torch.get_rng_state().numpy()),
+        "numpy": [name, _text(keys), *rest],
+        "python": [version, _text(np.array(words, np.uint32)), gauss],
+    }
     if torch.cuda.is_available():
         state["cuda"] = _text(torch.cuda.get_rng_state().numpy())
     return state
@@ -173,36 +178,6 @@ def set_random_state(state):
         torch.cuda.set_rng_state(torch.from_numpy(_array(state["cuda"], np.uint8)))
 
 
-def digests(paths):
-    """{file name: {"size": bytes, "sha256": hex}} of the files at `paths`, read by a few threads."""
-    def digest(path):
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"size": file.tell(), "sha256": sha256}
-
-    paths = [Path(path) for path in paths]
-    with ThreadPoolExecutor(4) as threads:
-        return dict(zip([path.name for path in paths], threads.map(digest, paths)))
-
-
-def fsync(path):
-    """Wait until the file or directory at `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def line(failure):
-    """What happened, in one line; a full disk in those words."""
-    if isinstance(failure, CheckpointException):
-        failure = next(iter(failure.failures.values()))[0]
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {failure.strerror}"
-    return " ".join(str(failure).split()) or type(failure).__name__
-
-
 def _text(array):
     return base64.b64encode(array.tobytes()).decode()
 
@@ -213,6 +188,7 @@ def _array(text, dtype):
 
 # What save does, in order.
 
+
 def _make_room(directory, tmp, tensors):
     """Rank 0: clear what killed saves left, see that the disk has room, make `tmp`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -222,8 +198,9 @@ def _make_room(directory, tmp, tensors):
     need += 512 * len(tensors) * _world_size() + need // 100 + 2**20
     free = shutil.disk_usage(directory).free
     if free < need:
-        raise OSError(errno.ENOSPC, f"it takes {need / 1e9:.3f} GB and the free space in {directory} is "
-                                    f"{free / 1e9:.3f} GB")
+        raise OSError(
+            errno.ENOSPC, f"it takes {need / 1e9:.3f} GB and the free space in {directory} is {free / 1e9:.3f} GB"
+        )
     tmp.mkdir()
 
 
@@ -248,7 +225,7 @@ def _share(path):
     """This rank's share of the files at `path`; of a checkpoint just written, those that it wrote itself."""
     files = sorted(path.glob("*.safetensors"))
     rank, world_size = _rank(), _world_size()
-    return files[rank * len(files) // world_size:(rank + 1) * len(files) // world_size]
+    return files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
 
 
 def _sync(paths):
@@ -297,6 +274,7 @@ def _delete(path):
 
 # What stands in a directory, and whether it is whole.
 
+
 def _standing(directory):
     """[(step, path)] of all that is not .tmp, the newest first, step-N before step-N.old."""
     found = []
@@ -309,7 +287,7 @@ def _standing(directory):
 def _is_whole(path, say=lambda line: None):
     try:
         _check_files(path, _content(path))
-    except BadCheckpointState as reason:
+    except BadInput as reason:
         say(f"{reason}; passed over")
         return False
     return True
@@ -326,15 +304,15 @@ def _content(path):
     try:
         written = (Path(path) / "state.json").read_bytes()
     except OSError as reason:
-        raise BadCheckpointState(f"{path} is not whole: state.json: {reason.strerror}") from reason
+        raise BadInput(f"{path} is not whole: state.json: {reason.strerror}") from reason
     try:
         content = json.loads(written)
         del content["sha256"]
         if _seal(content) == written:
             return content
     except (ValueError, LookupError, TypeError, RecursionError):
-        pass   # no JSON, or not what save writes
-    raise BadCheckpointState(f"{path}/state.json is damaged: its digest is not the one it holds")
+        pass  # no JSON, or not what save writes
+    raise BadInput(f"{path}/state.json is damaged: its digest is not the one it holds")
 
 
 def _check_files(path, content):
@@ -342,8 +320,10 @@ def _check_files(path, content):
     listed = {name: file["size"] for name, file in content["files"].items()}
     for name in sorted(there.keys() | listed.keys()):
         if there.get(name) != listed.get(name):
-            raise BadCheckpointState(f"{path} is not whole: {name} has {there.get(name, 'no')} bytes, "
-                                     f"by its state.json {listed.get(name, 'no')}")
+            raise BadInput(
+                f"{path} is not whole: {name} has {there.get(name, 'no')} bytes, "
+                f"by its state.json {listed.get(name, 'no')}"
+            )
 
 
 def _signature(tensor):
@@ -353,12 +333,13 @@ def _signature(tensor):
 def _check_tensors(path, stored, wanted):
     for name, tensor in wanted.items():
         if name not in stored:
-            raise BadCheckpointState(f"{path} does not hold the tensor {name}")
+            raise BadInput(f"{path} does not hold the tensor {name}")
         if stored[name] != _signature(tensor):
-            raise BadCheckpointState(f"{path} holds {name} as {stored[name]}, not {_signature(tensor)}")
+            raise BadInput(f"{path} holds {name} as {stored[name]}, not {_signature(tensor)}")
 
 
 # Ranks: work that fails on one of them fails on all, or the others would wait for it until they time out.
+
 
 def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -369,4 +350,4 @@ def _world_size():
 
 
 def _on_rank_0(work, *arguments):
-    everywhere(lambda: work(*arguments) if _rank() == 0 else None)
+    on_all_ranks(lambda: work(*arguments) if _rank() == 0 else None)

@@ -6,9 +6,22 @@ import time
 import torch
 
 # Peak dense bfloat16 rate in FLOP/s, by words of the device's name (the makers' data sheets, without sparsity).
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "GH200": 989e12,
-         "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
-         "3090": 71e12}
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 def pair_flops(config, prompt, chosen, rejected):
@@ -19,7 +32,7 @@ def pair_flops(config, prompt, chosen, rejected):
     body = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
     head = config.vocab_size * config.hidden_size
     products = 3 * (2 * body * (prompt + chosen + rejected) + 2 * head * (chosen + rejected))
-    squares = (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt ** 2
+    squares = (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2
     return products + 6 * config.num_hidden_layers * head_size * squares
 
 
@@ -35,9 +48,12 @@ def speed(device, world, pairs, began, trained=None):
     its MFU on a GPU whose peak is known."""
     seconds = time.perf_counter() - began
     shapes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
-    row = {"seconds": seconds, "pairs_per_second": len(pairs) / seconds,
-           "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds,
-           "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    row = {
+        "seconds": seconds,
+        "pairs_per_second": len(pairs) / seconds,
+        "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     if device.type == "cuda":
         row["peak_memory"] = torch.cuda.max_memory_allocated()
         if trained and (peak := peak_flops(torch.cuda.get_device_name())):

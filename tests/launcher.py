@@ -31,16 +31,22 @@ def free_port():
 
 
 def _rank(rank, world, port, arguments, log, fault):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    gc.freeze()     # the collector need not walk through torch again
+    gc.freeze()  # the collector need not walk through torch again
     import torch
 
     import train
+
     torch.set_num_threads(1)
     if fault:
         fault(rank)
@@ -54,8 +60,10 @@ def start(world, arguments, log, fault=None, only=None, port=None):
     only: the ranks to start, all by default."""
     start_server()
     port = port or free_port()
-    processes = [SERVER.Process(target=_rank, args=(rank, world, port, arguments, str(log), fault))
-                 for rank in (range(world) if only is None else only)]
+    processes = [
+        SERVER.Process(target=_rank, args=(rank, world, port, arguments, str(log), fault))
+        for rank in (range(world) if only is None else only)
+    ]
     for process in processes:
         process.start()
     return processes

@@ -2,16 +2,18 @@
 
 import collections
 
-from harness import memory
-from harness.progress import say
+from runtime import memory
+from runtime.progress import say
 
 
 def counts_lines(counts):
     """Data counts for a person. counts: {"train" or "eval": data.Counts}."""
     lines = []
     for name, count in counts.items():
-        lines.append(f"{name}: {count.rows} rows read, {count.kept} pairs kept, {count.cut} responses cut, "
-                     f"{len(count.dropped)} pairs dropped, {count.boundary} responses tokenised apart from the prompt")
+        lines.append(
+            f"{name}: {count.rows} rows read, {count.kept} pairs kept, {count.cut} responses cut, "
+            f"{len(count.dropped)} pairs dropped, {count.boundary} responses tokenised apart from the prompt"
+        )
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in count.dropped)
         lines += [f"  dropped {number}: {kind}" for kind, number in sorted(kinds.items())]
     return lines
@@ -25,11 +27,14 @@ def warnings(options, contexts, pairs, eval_pairs):
     longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs + eval_pairs)
     for directory, most in contexts.items():
         if options.max_length > most:
-            lines.append(f"warning: --max-length {options.max_length} is beyond the {most} tokens that "
-                         f"{directory} was made for; the longest pair has {longest}")
+            lines.append(
+                f"warning: --max-length {options.max_length} is beyond the {most} tokens that "
+                f"{directory} was made for; the longest pair has {longest}"
+            )
     if len(pairs) < options.batch_size:
-        lines.append(f"warning: {len(pairs)} pairs are fewer than --batch-size {options.batch_size}: "
-                     "each step takes all")
+        lines.append(
+            f"warning: {len(pairs)} pairs are fewer than --batch-size {options.batch_size}: each step takes all"
+        )
     return lines
 
 
@@ -45,7 +50,9 @@ def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
         say(f"  {name:<8} |{'|'.join(repr(piece)[1:-1] for piece in tokenizer.pieces(ids))}| ({len(ids)} tokens)")
     steps = options.epochs * -(-len(pairs) // options.batch_size)
     stages = 2 if options.loss == "tgdpo" and options.guide is None else 1
-    say(f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {steps} steps of {options.batch_size} pairs"
-        + (", in each of two stages" if stages == 2 else ""))
+    say(
+        f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {steps} steps of {options.batch_size} pairs"
+        + (", in each of two stages" if stages == 2 else "")
+    )
     for line in memory.lines(plan, world) + memory.table(config, options, plan):
         say(line)

@@ -12,43 +12,43 @@ import stat
 import torch
 from safetensors import SafetensorError, safe_open
 
-
-class BadCheckpoint(ValueError):
-    """A checkpoint that cannot be used: one line that names the file or the tensor, and the mend."""
-
+from files.errors import BadInput
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADER_LIMIT = 100 << 20            # bytes; safetensors' own limit
-PIECE = 1 << 20                     # numbers that are read, checked or written at once
+HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+PIECE = 1 << 20  # numbers that are read, checked or written at once
 
 
 def tensor_files(directory):
-    """Tensor name -> path of the safetensors file that holds it, every file checked to be one. Raises BadCheckpoint."""
+    """Tensor name -> path of the safetensors file that holds it, every file checked to be one. Raises BadInput."""
     index = os.path.join(directory, INDEX)
     if os.path.exists(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise BadCheckpoint(f"{index}: weight_map is no object of file names")
+            raise BadInput(f"{index}: weight_map is no object of file names")
         names = sorted(set(weight_map.values()))
     elif os.path.exists(os.path.join(directory, SINGLE)):
         names = [SINGLE]
     else:
         pickles = [f for f in sorted(os.listdir(directory)) if f.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
-        what = (f"only {pickles[0]}, a pickle, which can run code; convert it to safetensors" if pickles
-                else f"neither {SINGLE} nor {INDEX}")
-        raise BadCheckpoint(f"{directory}: no safetensors weights: {what}")
+        what = (
+            f"only {pickles[0]}, a pickle, which can run code; convert it to safetensors"
+            if pickles
+            else f"neither {SINGLE} nor {INDEX}"
+        )
+        raise BadInput(f"{directory}: no safetensors weights: {what}")
     files = {}
     for name in names:
         if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-            raise BadCheckpoint(f"{index}: the file name {name!r:.80} leaves the directory; only files in it are read")
+            raise BadInput(f"{index}: the file name {name!r:.80} leaves the directory; only files in it are read")
         path = os.path.join(directory, name)
         with open_tensors(path) as file:
             files.update(dict.fromkeys(file.keys(), path))
     if os.path.exists(index):
         for tensor, name in weight_map.items():
             if files.get(tensor) != os.path.join(directory, name):
-                raise BadCheckpoint(f"{index}: {tensor!r:.120} is not in {name}, where the index puts it")
+                raise BadInput(f"{index}: {tensor!r:.120} is not in {name}, where the index puts it")
     return files
 
 
@@ -58,45 +58,45 @@ def open_tensors(path):
     try:
         info = os.stat(path)
     except OSError as error:
-        raise BadCheckpoint(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
+        raise BadInput(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
     if not stat.S_ISREG(info.st_mode):
-        raise BadCheckpoint(f"{path}: no regular file")
+        raise BadInput(f"{path}: no regular file")
     try:
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise BadCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     size = int.from_bytes(head[:8], "little")
     if head.startswith(b"version https://git-lfs"):
-        raise BadCheckpoint(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
+        raise BadInput(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
     if head.lstrip()[:1] == b"<":
-        raise BadCheckpoint(f"{path}: a page of HTML or XML, not safetensors; download it again")
+        raise BadInput(f"{path}: a page of HTML or XML, not safetensors; download it again")
     if head[:2] == b"PK" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise BadCheckpoint(f"{path}: a pickle under a safetensors name; pickles can run code and are never read")
+        raise BadInput(f"{path}: a pickle under a safetensors name; pickles can run code and are never read")
     if len(head) > 8 and head[8:9] == b"{" and size > HEADER_LIMIT:
-        raise BadCheckpoint(f"{path}: its header says {size} bytes, more than safetensors allows ({HEADER_LIMIT})")
+        raise BadInput(f"{path}: its header says {size} bytes, more than safetensors allows ({HEADER_LIMIT})")
     if len(head) > 8 and head[8:9] == b"{" and 8 + size > info.st_size:
-        raise BadCheckpoint(f"{path}: truncated in its header ({info.st_size} bytes); download it again")
+        raise BadInput(f"{path}: truncated in its header ({info.st_size} bytes); download it again")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: no safetensors file, or a truncated one ({_line(error)})") from None
+        raise BadInput(f"{path}: no safetensors file, or a truncated one ({_line(error)})") from None
 
 
 def read_json(path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise BadCheckpoint(f"{path}: no regular file")
+            raise BadInput(f"{path}: no regular file")
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: no such file; a checkpoint directory needs it") from None
+        raise BadInput(f"{path}: no such file; a checkpoint directory needs it") from None
     except OSError as error:
-        raise BadCheckpoint(f"{path}: {error.strerror}") from None
+        raise BadInput(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path}: not JSON ({_line(error)})") from None
+        raise BadInput(f"{path}: not JSON ({_line(error)})") from None
     if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path}: no JSON object")
+        raise BadInput(f"{path}: no JSON object")
     return value
 
 
@@ -107,7 +107,7 @@ def _line(error):
 DTYPE_NAMES = {torch.float32: ("F32", "float32", 4), torch.bfloat16: ("BF16", "bfloat16", 2)}
 
 
-def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes=5 * 10 ** 9):
+def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes=5 * 10**9):
     """Write a checkpoint in Hugging Face layout: config.json, model.safetensors or shards with an index, and copies.
 
     source: the directory whose config.json is taken over with the new dtype, or a dict that is one. shapes: name ->
@@ -117,7 +117,7 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
     DIRECTORY.old until then."""
     kind, dtype_name, width = DTYPE_NAMES[dtype]
     config = dict(source) if isinstance(source, dict) else read_json(os.path.join(source, "config.json"))
-    config |= {"torch_dtype": dtype_name, "dtype": dtype_name}      # its name before and since transformers 4.56
+    config |= {"torch_dtype": dtype_name, "dtype": dtype_name}  # its name before and since transformers 4.56
     part = directory.rstrip("/") + ".tmp"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
@@ -132,8 +132,11 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                                               for i in range(1, len(shards) + 1)]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     tensors = iter(tensors)
     for file_name, names in zip(files, shards):
         header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -150,12 +153,14 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes
                     raise ValueError(f"tensor {given} {tuple(tensor.shape)} where {name} {tuple(shapes[name])} is due")
                 for piece in tensor.detach().flatten().split(PIECE):
                     file.write(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
-                del tensor, piece       # before the next is asked for
+                del tensor, piece  # before the next is asked for
             file.flush()
             os.fsync(file.fileno())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())},
-                 "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in zip(files, shards) for name in names},
+        }
         with open(os.path.join(part, INDEX), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2)
     old = directory.rstrip("/") + ".old"

@@ -9,8 +9,8 @@ import time
 
 import tqdm
 
-TENTH, OFTEN, SELDOM = 0.1, 1.0, 60.0   # a plain line every tenth of the way, 1 to 60 seconds after the last
-SHORT = 5.0                             # seconds that a side job may take without a plain line
+TENTH, OFTEN, SELDOM = 0.1, 1.0, 60.0  # a plain line every tenth of the way, 1 to 60 seconds after the last
+SHORT = 5.0  # seconds that a side job may take without a plain line
 
 
 def say(text, rank=0):
@@ -31,14 +31,15 @@ def say(text, rank=0):
 
 def tell(text):
     """The same for standard error, on any rank."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):      # it may be full, closed, or None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be full, closed, or None
         sys.stderr.write(_printable(text).rstrip() + "\n")
         sys.stderr.flush()
 
 
 def _printable(text):
-    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
-                   for char in text)
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def words(figures):
@@ -57,8 +58,14 @@ class Progress:
         self.began = self.told = time.monotonic()
         self.told_at, self.figures, self.bar = None, {}, None
         if rank == 0 and sys.stderr is not None and sys.stderr.isatty():
-            self.bar = tqdm.tqdm(total=total, desc=title, initial=start, dynamic_ncols=True,
-                                 leave=not side_job, bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}")
+            self.bar = tqdm.tqdm(
+                total=total,
+                desc=title,
+                initial=start,
+                dynamic_ncols=True,
+                leave=not side_job,
+                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
+            )
             # A terminal that does not know its size would show an empty bar.
             if self.bar.ncols is not None and self.bar.ncols < 1:
                 self.bar.dynamic_ncols, self.bar.ncols, self.bar.nrows = None, 80, None
@@ -107,8 +114,10 @@ class Metrics:
         if self.rank:
             return
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for name, value in plain.items()}
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in plain.items()
+        }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
@@ -124,7 +133,7 @@ class Metrics:
         for line in lines:
             row = _row(line)
             if row is None:
-                damaged += line.endswith(b"\n")        # else a kill cut it short, as happens
+                damaged += line.endswith(b"\n")  # else a kill cut it short, as happens
             elif row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
                 break
             else:

@@ -22,19 +22,21 @@ import tomllib
 import types
 import typing
 
+from files.errors import BadInput
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny"
 SAVED = "# Resolved options of a run, written by train.py. `python train.py --config FILE` repeats the run.\n"
 LARGEST = 2**31 - 1
 GROUPS = {
     "Model": "Three models share one tokenizer: the reference (--model), the policy that starts as its copy, "
-             "and a guide. Each is a Hugging Face directory or a Hub id.",
+    "and a guide. Each is a Hugging Face directory or a Hub id.",
     "Data": "Preference pairs: a prompt, a chosen and a rejected answer. README.md shows a row of each form.",
     "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",
     "Output": "What a run leaves, and where.",
     "Checkpoints": "Also written at the end, and on a signal: SIGTERM and SIGINT then end the run, a second "
-                   "one at once; after SIGUSR1 it goes on.",
+    "one at once; after SIGUSR1 it goes on.",
     "Machine": "These change speed and memory, not the method. The defaults look at the device.",
 }
 # What a loss does not read. Given all the same, it is an error: the user expects an effect that never comes.
@@ -45,7 +47,7 @@ IGNORED = {
 }
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
 NOT_SAVED = ("out", "resume", "overwrite", "dry_run")
-FOLLOWS = {"guide_beta": "beta", "name": "loss"}       # the option whose value each takes where it is not given
+FOLLOWS = {"guide_beta": "beta", "name": "loss"}  # the option whose value each takes where it is not given
 EXAMPLES = """\
 examples:
   python train.py                                   the bundled tiny example, about two minutes on a laptop
@@ -59,18 +61,14 @@ A TOML file holds the same names with underscores: max_length = 1024, data = ["a
 """
 
 
-class BadOption(ValueError):
-    """One line: which option, what is wrong with it, and the mend."""
-
-
 def _option(group, metavar, help, default, shown=None, **limits):
     """A field with its place in --help and its limits: above, least, below, most, choices.
 
     shown: the default in words, where it is decided later; it then stands in --help for the value.
     """
     return dataclasses.field(
-        default=default,
-        metadata={"group": group, "metavar": metavar, "help": help, "shown": shown, **limits})
+        default=default, metadata={"group": group, "metavar": metavar, "help": help, "shown": shown, **limits}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,92 +76,133 @@ class Options:
     """Every option of train.py with its type and default. None: not set, or left to the device."""
 
     model: str | None = _option(
-        "Model", "DIR|ID", "the reference; the policy starts from it. A directory, org/name or "
-        "org/name@revision", None, "the bundled tiny model")
+        "Model",
+        "DIR|ID",
+        "the reference; the policy starts from it. A directory, org/name or org/name@revision",
+        None,
+        "the bundled tiny model",
+    )
     guide: str | None = _option(
-        "Model", "DIR|ID", "a guide that is already trained. Without one, a first stage trains it with DPO "
-        "and keeps it as OUT/guide", None, "none")
+        "Model",
+        "DIR|ID",
+        "a guide that is already trained. Without one, a first stage trains it with DPO and keeps it as OUT/guide",
+        None,
+        "none",
+    )
     chat_template: str | None = _option(
-        "Model", "FILE", "a jinja chat template, for tokenizers that have none", None, "the tokenizer's own")
+        "Model", "FILE", "a jinja chat template, for tokenizers that have none", None, "the tokenizer's own"
+    )
 
     data: tuple[str, ...] = _option(
-        "Data", "FILE|ID", "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or "
-        "org/name:split", (), "the bundled pairs")
+        "Data",
+        "FILE|ID",
+        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split",
+        (),
+        "the bundled pairs",
+    )
     eval_data: tuple[str, ...] = _option(
-        "Data", "FILE|ID", "pairs to evaluate on, never trained on",
-        (), "the bundled held-out pairs with the bundled pairs, else none")
+        "Data",
+        "FILE|ID",
+        "pairs to evaluate on, never trained on",
+        (),
+        "the bundled held-out pairs with the bundled pairs, else none",
+    )
     eval_fraction: float = _option(
-        "Data", "X", "without --eval-data, hold this share of the pairs back", 0.0, least=0, below=1)
+        "Data", "X", "without --eval-data, hold this share of the pairs back", 0.0, least=0, below=1
+    )
     max_length: int = _option("Data", "N", "longest prompt and answer together, in tokens", 2048, least=2)
     max_prompt_length: int | None = _option(
-        "Data", "N", "longest prompt, in tokens; a pair with a longer one is dropped", None,
-        "1800, or in proportion where --max-length is below 2048", least=1)
-    skip_bad_rows: bool = _option(
-        "Data", None, "drop and count rows that cannot be read, instead of stopping", False)
+        "Data",
+        "N",
+        "longest prompt, in tokens; a pair with a longer one is dropped",
+        None,
+        "1800, or in proportion where --max-length is below 2048",
+        least=1,
+    )
+    skip_bad_rows: bool = _option("Data", None, "drop and count rows that cannot be read, instead of stopping", False)
 
     loss: str = _option("Loss", None, "what is minimised", "tgdpo", choices=("tgdpo", "dpo", "simpo"))
     beta: float | None = _option(
-        "Loss", "X", "strength of the pull to the reference; SimPO's scale", None, "0.1, with simpo 2.5",
-        above=0)
+        "Loss", "X", "strength of the pull to the reference; SimPO's scale", None, "0.1, with simpo 2.5", above=0
+    )
     alpha: float | None = _option(
-        "Loss", "X", "how much the guide shapes the reward of a token; 0 is DPO (tgdpo only)", None, "0.5",
-        least=0)
+        "Loss", "X", "how much the guide shapes the reward of a token; 0 is DPO (tgdpo only)", None, "0.5", least=0
+    )
     gamma: float | None = _option(
-        "Loss", "X", "SimPO's margin itself, not its ratio to beta (simpo only)", None, "1.375", least=0)
+        "Loss", "X", "SimPO's margin itself, not its ratio to beta (simpo only)", None, "1.375", least=0
+    )
     guide_beta: float | None = _option(
-        "Loss", "X", "scale of the guide's token reward (tgdpo only)", None, "the value of --beta", above=0)
+        "Loss", "X", "scale of the guide's token reward (tgdpo only)", None, "the value of --beta", above=0
+    )
 
     lr: float = _option("Optimiser", "X", "highest learning rate", 7e-7, above=0)
     epochs: int = _option("Optimiser", "N", "times over the pairs", 1, least=1)
     batch_size: int = _option("Optimiser", "N", "pairs an optimiser step, over all ranks", 128, least=1)
     warmup_ratio: float = _option(
-        "Optimiser", "X", "share of the steps in which the learning rate rises", 0.1, least=0, most=1)
+        "Optimiser", "X", "share of the steps in which the learning rate rises", 0.1, least=0, most=1
+    )
     schedule: str = _option(
-        "Optimiser", None, "the learning rate after the warm-up", "cosine",
-        choices=("cosine", "linear", "constant"))
+        "Optimiser", None, "the learning rate after the warm-up", "cosine", choices=("cosine", "linear", "constant")
+    )
     weight_decay: float = _option("Optimiser", "X", "AdamW's weight decay", 0.0, least=0)
-    max_grad_norm: float = _option(
-        "Optimiser", "X", "longer gradients are scaled down to this norm", 1.0, above=0)
+    max_grad_norm: float = _option("Optimiser", "X", "longer gradients are scaled down to this norm", 1.0, above=0)
     seed: int = _option("Optimiser", "N", "orders the pairs; two runs with one seed are the same", 0, least=0)
 
     out: str | None = _option(
-        "Output", "DIR", "everything the run writes", None, "runs/NAME, numbered so that it is new")
+        "Output", "DIR", "everything the run writes", None, "runs/NAME, numbered so that it is new"
+    )
     name: str | None = _option("Output", "NAME", "names the run where --out does not", None, "the loss")
-    eval_every: int = _option(
-        "Output", "N", "steps between evaluations; 0: only at the end of a stage", 0, least=0)
+    eval_every: int = _option("Output", "N", "steps between evaluations; 0: only at the end of a stage", 0, least=0)
     samples: int = _option("Output", "N", "prompts that the models answer at the end", 3, least=0)
     sample_tokens: int = _option("Output", "N", "longest such answer, in tokens", 64, least=1)
     report_pairs: int = _option("Output", "N", "pairs shown token by token in report.html", 200, least=0)
     dry_run: bool = _option(
-        "Output", None, "load, check, show a pair, the steps and the memory plan; train nothing", False)
+        "Output", None, "load, check, show a pair, the steps and the memory plan; train nothing", False
+    )
 
     save_every: int = _option(
-        "Checkpoints", "N", "steps between checkpoints; 0: only at the end and on a signal", 100, least=0)
+        "Checkpoints", "N", "steps between checkpoints; 0: only at the end and on a signal", 100, least=0
+    )
     keep: int = _option("Checkpoints", "N", "how many of the newest complete checkpoints stay", 2, least=1)
     resume: bool = _option(
-        "Checkpoints", None, "go on from the newest complete checkpoint of --out, or start where there is "
-        "none", False)
-    overwrite: bool = _option(
-        "Checkpoints", None, "remove what an earlier run left in --out, then start", False)
+        "Checkpoints", None, "go on from the newest complete checkpoint of --out, or start where there is none", False
+    )
+    overwrite: bool = _option("Checkpoints", None, "remove what an earlier run left in --out, then start", False)
 
     dtype: str = _option(
-        "Machine", None, "type the models compute in; weights, log-probs and the loss stay float32. auto: "
-        "bfloat16 on CUDA, float32 on CPU", "auto", choices=("auto", "float32", "bfloat16"))
+        "Machine",
+        None,
+        "type the models compute in; weights, log-probs and the loss stay float32. auto: "
+        "bfloat16 on CUDA, float32 on CPU",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     micro_tokens: int = _option(
-        "Machine", "N", "tokens a rank puts through the model at once; 0: as many as memory allows", 0,
-        least=0)
+        "Machine", "N", "tokens a rank puts through the model at once; 0: as many as memory allows", 0, least=0
+    )
     activation_checkpointing: str = _option(
-        "Machine", None, "recompute activations in the backward pass to save memory", "auto",
-        choices=("auto", "none", "selective", "full"))
+        "Machine",
+        None,
+        "recompute activations in the backward pass to save memory",
+        "auto",
+        choices=("auto", "none", "selective", "full"),
+    )
     compile: bool | None = _option(
-        "Machine", None, "compile the transformer's blocks with torch.compile", None, "where it pays")
+        "Machine", None, "compile the transformer's blocks with torch.compile", None, "where it pays"
+    )
     cpu_offload: bool = _option(
-        "Machine", None, "keep weights and optimiser in the machine's own memory between uses", False)
+        "Machine", None, "keep weights and optimiser in the machine's own memory between uses", False
+    )
     hsdp: int = _option(
-        "Machine", "N", "ranks in a shard group, copies of which run side by side; 0: one group of all ranks",
-        0, least=0)
+        "Machine",
+        "N",
+        "ranks in a shard group, copies of which run side by side; 0: one group of all ranks",
+        0,
+        least=0,
+    )
     timeout_minutes: float = _option(
-        "Machine", "X", "how long a rank waits for the others before the run fails", 5.0, above=0, most=1440)
+        "Machine", "X", "how long a rank waits for the others before the run fails", 5.0, above=0, most=1440
+    )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
@@ -185,13 +224,13 @@ def resolve(argv):
 
     argv: list of strings, without the program's name. `--help` prints and raises SystemExit(0).
     Paths become absolute, so that the saved options work from another directory.
-    Raises BadOption: an unknown name, a value out of range, a contradiction, a file that cannot be read.
+    Raises BadInput: an unknown name, a value out of range, a contradiction, a file that cannot be read.
     """
     given, config = _read_flags(argv)
     try:
         here = os.getcwd()
     except FileNotFoundError:
-        raise BadOption("the working directory is no longer there; change to another") from None
+        raise BadInput("the working directory is no longer there; change to another") from None
     settings = read_toml(config) if config else {}
     loss = given.get("loss", settings.get("loss", "tgdpo"))
     chosen = {}
@@ -226,7 +265,7 @@ def resolve(argv):
         if chosen.get(name):
             chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
     for path in (chosen["model"], *chosen["data"], *chosen["eval_data"], chosen.get("out") or here):
-        _check_text(path, _shown(path))         # again, as the working directory is part of it by now
+        _check_text(path, _shown(path))  # again, as the working directory is part of it by now
     return Options(**chosen)
 
 
@@ -241,8 +280,8 @@ def answer_early(argv):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         resolve(argv)
-    except BadOption as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":        # one of each machine, as their files may differ
+    except BadInput as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one of each machine, as their files may differ
             print(f"train.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -255,7 +294,7 @@ def to_toml(options):
         if value is None or value == () or name in NOT_SAVED:
             continue
         if name in FOLLOWS and value == getattr(options, FOLLOWS[name]):
-            continue        # so that it still follows where a flag overrides the other
+            continue  # so that it still follows where a flag overrides the other
         if name == "max_prompt_length" and value == _prompt_length(options.max_length):
             continue
         if field.metadata["group"] != group:
@@ -266,15 +305,15 @@ def to_toml(options):
 
 
 def read_toml(path):
-    """A TOML file -> {option: value}, checked. Keys may be written with dashes as well. Raises BadOption."""
+    """A TOML file -> {option: value}, checked. Keys may be written with dashes as well. Raises BadInput."""
     settings = {}
     for key, value in _load_toml(path).items():
         name = key.replace("-", "_")
         file = _shown(path)
         if name not in FIELDS:
-            raise BadOption(f"{file}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
+            raise BadInput(f"{file}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
         if name in settings:
-            raise BadOption(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
+            raise BadInput(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
         where = f"{file}: {name} = {_shown(value)}"
         settings[name] = _check(name, _from_toml(name, value, where), where)
     return settings
@@ -283,22 +322,22 @@ def read_toml(path):
 def _load_toml(path):
     where = f"--config {_shown(path)}"
     if not os.path.exists(path):
-        raise BadOption(f"{where}: there is no such file")
+        raise BadInput(f"{where}: there is no such file")
     if not os.path.isfile(path):
-        raise BadOption(f"{where}: is no file; give a .toml file")
+        raise BadInput(f"{where}: is no file; give a .toml file")
     if os.path.getsize(path) > 2**20:
-        raise BadOption(f"{where}: is larger than 1 MB; give a .toml file with options")
+        raise BadInput(f"{where}: is larger than 1 MB; give a .toml file with options")
     try:
         with open(path, "rb") as file:
             return tomllib.loads(file.read().decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
-        raise BadOption(f"{where}: cannot be read: {error.strerror}") from None
+        raise BadInput(f"{where}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise BadOption(f"{where}: is not UTF-8 text; save it as UTF-8") from None
+        raise BadInput(f"{where}: is not UTF-8 text; save it as UTF-8") from None
     except RecursionError:
-        raise BadOption(f"{where}: is nested too deep; options are plain `name = value` lines") from None
-    except ValueError as error:     # a TOMLDecodeError, or a number of thousands of digits
-        raise BadOption(f"{where}: is not TOML: {_shown(str(error))}") from None
+        raise BadInput(f"{where}: is nested too deep; options are plain `name = value` lines") from None
+    except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
+        raise BadInput(f"{where}: is not TOML: {_shown(str(error))}") from None
 
 
 def _from_toml(name, value, where):
@@ -307,32 +346,36 @@ def _from_toml(name, value, where):
     if kind is tuple:
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(one, str) for one in values):
-            raise BadOption(f"{where}: must be a string or a list of strings")
+            raise BadInput(f"{where}: must be a string or a list of strings")
         return tuple(values)
     if kind is float and type(value) is int:
         return _number(float, str(value), where)
     if type(value) is not kind:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-        raise BadOption(f"{where}: must be {words[kind]}")
+        raise BadInput(f"{where}: must be {words[kind]}")
     return value
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise BadOption(message.removeprefix("argument "))
+        raise BadInput(message.removeprefix("argument "))
 
 
 def parser():
     """The argparse parser made from the table. It converts nothing: `resolve` checks flags and TOML alike."""
     made = _Parser(
-        prog="train.py", usage="python train.py [options]", allow_abbrev=False, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        prog="train.py",
+        usage="python train.py [options]",
+        allow_abbrev=False,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         description="Trains a language model on preference pairs with TGDPO: Direct Preference Optimization\n"
-                    "whose token-level reward is guided by a second model. With no options it runs the\n"
-                    "bundled example.")
+        "whose token-level reward is guided by a second model. With no options it runs the\n"
+        "bundled example.",
+    )
     made.add_argument("--config", metavar="FILE.toml", help="read options from this file; flags override it")
-    groups = {title: made.add_argument_group(title, textwrap.fill(text, 76))
-              for title, text in GROUPS.items()}
+    groups = {title: made.add_argument_group(title, textwrap.fill(text, 76)) for title, text in GROUPS.items()}
     for name, field in FIELDS.items():
         default = field.metadata["shown"] or ("no" if field.default is False else field.default)
         details = {"help": f"{field.metadata['help']} [{default}]"}
@@ -356,10 +399,9 @@ def _read_flags(argv):
             flags = [flag for action in made._actions for flag in action.option_strings]
             flag = word.split("=")[0]
             near = _nearest(flag, flags)
-            raise BadOption(f"unknown option {_shown(flag)}; the nearest is {near} (--help lists all)")
+            raise BadInput(f"unknown option {_shown(flag)}; the nearest is {near} (--help lists all)")
     if unknown:
-        raise BadOption(
-            f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
+        raise BadInput(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
     given = {}
     for name, value in vars(known).items():
         if name == "config":
@@ -380,7 +422,7 @@ def _number(kind, text, where):
     try:
         value = kind(text)
     except (ValueError, OverflowError):
-        raise BadOption(f"{where}: must be {'a whole number' if kind is int else 'a number'}") from None
+        raise BadInput(f"{where}: must be {'a whole number' if kind is int else 'a number'}") from None
     return value
 
 
@@ -388,7 +430,7 @@ def _check(name, value, where):
     """The value, if it is within its option's limits."""
     limits, kind = FIELDS[name].metadata, KINDS[name]
     if kind is float and not math.isfinite(value):
-        raise BadOption(f"{where}: must be a finite number")
+        raise BadInput(f"{where}: must be a finite number")
     if kind in (int, float):
         most = limits.get("most", LARGEST if kind is int else math.inf)
         for broken, words in (
@@ -398,7 +440,7 @@ def _check(name, value, where):
             (value > most, f"at most {most}"),
         ):
             if broken:
-                raise BadOption(f"{where}: must be {words}")
+                raise BadInput(f"{where}: must be {words}")
     if kind is str:
         _check_text(value, where)
     if kind is tuple:
@@ -406,23 +448,23 @@ def _check(name, value, where):
             _check_text(one, where)
     if "choices" in limits and value not in limits["choices"]:
         near = _nearest(value, limits["choices"])
-        raise BadOption(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
+        raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
     if name == "name" and not re.fullmatch(r"[\w+-][\w.+-]*", value):
-        raise BadOption(f"{where}: must be a plain name of letters, digits, '-', '_', '+' and '.'")
+        raise BadInput(f"{where}: must be a plain name of letters, digits, '-', '_', '+' and '.'")
     return value
 
 
 def _check_text(text, where):
     if not text.strip():
-        raise BadOption(f"{where}: must not be empty")
+        raise BadInput(f"{where}: must not be empty")
     if "\0" in text:
-        raise BadOption(f"{where}: must not hold a NUL character")
+        raise BadInput(f"{where}: must not hold a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
         encoding = sys.getfilesystemencoding()
         mend = "rename the file" if encoding == "utf-8" else f"this Python reads {encoding}: set PYTHONUTF8=1"
-        raise BadOption(f"{where}: must be UTF-8 text; {mend}") from None
+        raise BadInput(f"{where}: must be UTF-8 text; {mend}") from None
     return text
 
 
@@ -430,15 +472,15 @@ def _refuse_contradictions(chosen, loss):
     for name in IGNORED[loss]:
         if name in chosen:
             flag = "--" + name.replace("_", "-")
-            raise BadOption(f"{flag} {chosen[name]}: --loss {loss} has no use for it; leave it out")
+            raise BadInput(f"{flag} {chosen[name]}: --loss {loss} has no use for it; leave it out")
     longest = chosen.get("max_length", FIELDS["max_length"].default)
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
-        raise BadOption(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
+        raise BadInput(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
     if chosen.get("resume") and chosen.get("overwrite"):
-        raise BadOption("--resume and --overwrite: one goes on with a run, the other removes it; give one")
+        raise BadInput("--resume and --overwrite: one goes on with a run, the other removes it; give one")
     if chosen.get("eval_data") and chosen.get("eval_fraction"):
-        raise BadOption("--eval-data and --eval-fraction: the fraction is for runs without it; give one")
+        raise BadInput("--eval-data and --eval-fraction: the fraction is for runs without it; give one")
 
 
 def _carry(settings, loss):

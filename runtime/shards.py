@@ -6,7 +6,7 @@ import torch.distributed as dist
 def local_rows(parameter):
     """This rank's rows of a sharded parameter, and the number of the first: fully_shard gives ceil(rows / ranks)
     consecutive rows to each rank."""
-    mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1     # HSDP: (replicas, shards)
+    mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1  # HSDP: (replicas, shards)
     each = -(-parameter.shape[0] // mesh.size(shard_dim))
     return parameter.to_local().data, min(each * mesh.get_local_rank(shard_dim), parameter.shape[0])
 

@@ -1,4 +1,4 @@
-"""A chat template at work in a process of its own: the trainer's end of harness/sandbox.py."""
+"""A chat template at work in a process of its own: the trainer's end of files/sandbox.py."""
 
 import json
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.rows import BadData, BadRow, brief
+from files.errors import BadInput, BadRow, brief
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
 
@@ -16,13 +16,13 @@ class Renderer:
 
     def __init__(self, tokenizer):
         if tokenizer.template is None:
-            raise BadData(f"{tokenizer.directory}: has no chat template; --chat-template FILE gives one")
+            raise BadInput(f"{tokenizer.directory}: has no chat template; --chat-template FILE gives one")
         self.name = tokenizer.template_name
         self.header = {"template": tokenizer.template, "tokens": tokenizer.tokens}
 
     def __enter__(self):
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        command = [sys.executable, "-P", str(SANDBOX)]      # in its own session: Ctrl-C is for the trainer
+        command = [sys.executable, "-P", str(SANDBOX)]  # in its own session: Ctrl-C is for the trainer
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
         try:
             self.ask(self.header)
@@ -36,7 +36,7 @@ class Renderer:
         self.process.communicate()
 
     def ask(self, job):
-        """Sends one object and returns the answer; BadData where the template must not be used."""
+        """Sends one object and returns the answer; BadInput where the template must not be used."""
         try:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
@@ -45,11 +45,16 @@ class Renderer:
             answer = None
         if answer is None:
             status = self.process.wait()
-            answer = {"template": "takes too long for one row" if status == -signal.SIGPROF else
-                      f"needs too much memory, or broke its process in another way (status {status})"}
+            answer = {
+                "template": "takes too long for one row"
+                if status == -signal.SIGPROF
+                else f"needs too much memory, or broke its process in another way (status {status})"
+            }
         if "template" in answer:
-            raise BadData(f"{self.name}: the chat template cannot be used: {brief(answer['template'])}; "
-                          "--chat-template gives another")
+            raise BadInput(
+                f"{self.name}: the chat template cannot be used: {brief(answer['template'])}; "
+                "--chat-template gives another"
+            )
         return answer
 
     def render(self, prompt, replies=()):

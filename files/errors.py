@@ -1,0 +1,15 @@
+"""What is wrong with what the program was given: one exception, and words that fit a line."""
+
+
+class BadInput(ValueError):
+    """Input that cannot be used: what, where and the mend in one line (bad rows: a line each). Exit status 2."""
+
+
+class BadRow(BadInput):
+    """A row that cannot be read: "kind: detail". File and row are added where they are known."""
+
+
+def brief(text):
+    """What strangers wrote, as one printable line of 200 characters at most."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:1000]).split())
+    return line if len(line) <= 200 else line[:197] + "..."
