@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from runtime.losses import LOSSES
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -39,13 +38,18 @@ import tgdpo
 from files import hub, weights
 from files.errors import BadInput
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
-from report import report
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
 from runtime.failures import RunFailed, Stopped, complain
+from runtime.losses import LOSSES
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Metrics, Progress, say
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
+
+try:
+    from report import report
+except ImportError:
+    report = None  # the page is not needed to train
 
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
@@ -473,9 +477,9 @@ def whole_run(options, ranks, out):
         guide_source = inputs.guide or train_guide(run, inputs, ref)
         guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, run.identity["guide"])
         say_alpha(run, pairs, ref, guide)
-    policy, final = train(run, Stage(options.loss, pairs, eval_pairs, ref, guide), inputs.source)
-    export(run, policy, os.path.join(out, "policy"), inputs.source)
-    tell_results(run, inputs, policy, final, ref, guide, guide_source)
+    policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, guide))
+    release(run)
+    tell_results(run, inputs, {"reference": ref, "guide": guide, "policy": policy}, answers, guide_source)
 
 
 def begin(options, ranks, out, inputs):
@@ -551,31 +555,38 @@ def say_alpha(run, pairs, ref, guide):
         )
 
 
-def tell_results(run, inputs, policy, final, ref, guide, guide_source):
-    """The end of a run: answers of all models, the table, tokens.jsonl and the page.
+def train_policy(run, inputs, stage):
+    """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
+    policy, logps = train(run, stage, inputs.source)
+    export(run, policy, os.path.join(run.out, "policy"), inputs.source)
+    if logps is None:
+        logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
+    return logps, answer(run, policy, inputs)
 
-    final: the policy's log-probs of the evaluation pairs; ref, guide: theirs of all pairs (None: there is none)."""
-    pairs = inputs.eval_pairs or inputs.pairs
-    if final is None:
-        final = log_probs(run, policy, pairs[: run.options.report_pairs], "log-probs of the policy")
-    answers = {"policy": answer(run, policy, inputs.tokenizer, pairs)}
-    del policy
-    release(run)
+
+def tell_results(run, inputs, logps, answers, guide_source):
+    """The end of a run: the other models' answers, the table, tokens.jsonl and the page.
+
+    logps: log-probs by model: the policy's of the pairs shown, the frozen ones' of all pairs (None: there is none)."""
+    answers = {"policy": answers}
     for name, directory in (("guide", guide_source), ("reference", inputs.source)):
         if directory and run.options.samples:
             net = sharded(directory, run, frozen=True)
-            answers[name] = answer(run, net, inputs.tokenizer, pairs)
+            answers[name] = answer(run, net, inputs)
             del net
             release(run)
-    part = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(final))
-    models = {"reference": ref and ref[part], "guide": guide and guide[part], "policy": final}
-    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, models, answers))
-    on_rank_0(lambda: report.write(run.out))
-    say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
+    shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
+    logps |= {name: logps[name] and logps[name][shown] for name in ("reference", "guide")}
+    pairs = inputs.eval_pairs or inputs.pairs
+    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, logps, answers))
+    if report:
+        on_rank_0(lambda: report.write(run.out))
+        say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
 
 
-def answer(run, net, tokenizer, pairs):
+def answer(run, net, inputs):
     """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text."""
+    tokenizer, pairs = inputs.tokenizer, inputs.eval_pairs or inputs.pairs
     prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[: run.options.samples]
     widest = max(map(len, prompts), default=0) + run.options.sample_tokens
     several, answers = max(1, run.plan.micro_tokens_forward // widest), []  # prompts at a time
