@@ -282,6 +282,7 @@ def test_a_hub_that_refuses_or_fails(server, listings, message):
         hub.data_files("org/pairs")
 
 
+@pytest.mark.linux("/proc, where no directory can be made")
 def test_a_cache_that_cannot_be_written(server, monkeypatch):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/proc/none")

@@ -9,7 +9,6 @@ import functools
 import gc
 import json
 import os
-import sys
 
 import launcher
 import pytest
@@ -20,7 +19,7 @@ import model
 from runtime import memory
 from runtime.options import Options
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = pytest.mark.linux("reads /proc, tunes malloc")
 
 M_MMAP_THRESHOLD, TENSOR = -3, 65536  # mallopt: blocks from so many bytes on are mapped by themselves
 LLAMA = {

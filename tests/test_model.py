@@ -8,11 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import data
 import model
 from files import weights
+
+transformers = pytest.importorskip("transformers")
 
 BASE = {
     "vocab_size": 101,

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -78,6 +79,8 @@ class Group:
 
 @pytest.fixture
 def group():
+    if sys.platform != "linux":
+        pytest.skip("Linux only: forks a process group")
     made = []
 
     def start(*args, **kwargs):
@@ -152,6 +155,7 @@ def test_port_in_use(monkeypatch):
             process_group.start(0.05, "cpu")
 
 
+@pytest.mark.linux("forks a process group")
 def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
     monkeypatch.setattr(process_group, "GRACE", 0.5)
     with socket.socket() as silent:
@@ -409,7 +413,11 @@ def test_two_runs_in_one_directory(monkeypatch, tmp_path, group):
         ("file", "file is a file; give a directory"),
         ("file/out", "cannot be written: Not a directory"),
         ("n" * 300, "cannot be written: File name too long"),
-        ("/proc/tgdpo/out", "/proc/tgdpo/out: cannot be written: No such file"),
+        pytest.param(
+            "/proc/tgdpo/out",
+            "/proc/tgdpo/out: cannot be written: No such file",
+            marks=pytest.mark.linux("/proc, where no directory can be made"),
+        ),
     ],
 )
 def test_output_paths_that_cannot_be(alone, tmp_path, path, message):

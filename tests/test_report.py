@@ -299,7 +299,7 @@ def test_what_carries_the_reward_by_hand(tmp_path):
 def test_the_reward_is_correlated_with_length(tmp_path):
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(30):
+    for _ in range(30):
         row = {"source": "", "prompt": ""}
         for side in figures.SIDES:
             T = int(rng.integers(2, 30))

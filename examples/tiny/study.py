@@ -133,7 +133,7 @@ def logps(net, pairs):
 
 
 def fit(lab, loss, pairs, ref, guide, seed, points, **changes):
-    """Train from the reference to the last of the steps `points`. Yields (step, mean loss of an epoch, model) at each."""
+    """Train from the reference to the last of the steps `points`. Yields (step, epoch's mean loss, model) at each."""
     options = option_table.resolve(
         [
             "--loss",
