@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import errno
 import gc
 import os
+import shlex
 import time
 import traceback
 from typing import NamedTuple
@@ -37,8 +38,10 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import model
 import tgdpo
-from files import hub, weights
+from files import hub
+from files.card import add_figures, model_card
 from files.errors import BadInput
+from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import load_tokenizer, same_vocabulary
 from report import report
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
@@ -49,17 +52,6 @@ from runtime.tally import Tally
 
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
 
@@ -77,6 +69,7 @@ class Run(NamedTuple):
     signals: signals.Signals
     metrics: Metrics
     identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
+    beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
 
 
 class Stage(NamedTuple):
@@ -124,18 +117,18 @@ def release(run):
         torch.cuda.empty_cache()
 
 
-def export(run, net, directory, source):
-    """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
+def export(run, net, directory, source, loss):
+    """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     stream = ((name, shards.whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
-        copies = [(os.path.join(source, name), name) for name in TOKENIZER_FILES]
-        if run.options.chat_template:
-            copies.append((run.options.chat_template, "chat_template.jinja"))
-        weights.save_model(directory, source, shapes, stream, run.dtype, [c for c in copies if os.path.exists(c[0])])
+        (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
+        card = model_card(loss, run.options.model, run.options.data, source, command)
+        copies = tokenizer_files(source)
+        save_model(directory, config, shapes, stream, run.dtype, copies, texts | {"README.md": card})
 
     def drain():
         for _ in stream:
@@ -554,6 +547,7 @@ def whole_run(options, ranks, out):
         for directory in (source, guide_source)
         if directory
     }
+    beside = on_rank_0(lambda: as_used(source, tokenizer))
     for line in preview.warnings(options, contexts, pairs, eval_pairs):
         say(line, ranks.rank)
     if options.dry_run:
@@ -581,6 +575,7 @@ def whole_run(options, ranks, out):
         ranks.signals,
         Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank),
         identity,
+        beside,
     )
 
     ref = guide = None
@@ -593,7 +588,7 @@ def whole_run(options, ranks, out):
         say_alpha(run, pairs, ref, guide)
     stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
     policy, final = train(run, stage, source)
-    export(run, policy, os.path.join(out, "policy"), source)
+    export(run, policy, os.path.join(out, "policy"), source, options.loss)
 
     shown = eval_pairs or pairs
     if final is None:
@@ -610,6 +605,7 @@ def whole_run(options, ranks, out):
     part = slice(len(pairs), None) if eval_pairs else slice(len(final))
     models = {"reference": ref and ref[part], "guide": guide and guide[part], "policy": final}
     on_rank_0(lambda: results.finish(out, options, tokenizer, shown, models, answers))
+    on_rank_0(lambda: complete_cards(out, options))
     on_rank_0(lambda: report.write(out))
     say(f"the page:   {os.path.join(out, 'report.html')}", run.rank)
 
@@ -634,7 +630,7 @@ def train_guide(run, stage, source):
     directory = os.path.join(run.out, "guide")
     if new := not on_rank_0(lambda: results.has_guide(run.out)):
         guide, _ = train(run, stage, source)
-        export(run, guide, directory, source)
+        export(run, guide, directory, source, stage.loss)
         del guide
         release(run)
     digest = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
@@ -661,6 +657,13 @@ def say_alpha(run, pairs, ref, guide):
             "tokens, whose gradient turns its sign (derive.md, D13)",
             run.rank,
         )
+
+
+def complete_cards(out, options):
+    """Put the final table, which results.finish has left in run.json, into the cards of the models of this run."""
+    table = results.read_run(os.path.join(out, "run.json"))["table"]
+    for name in ("guide", "policy") if options.loss == "tgdpo" and not options.guide else ("policy",):
+        add_figures(os.path.join(out, name), table)
 
 
 def answer(run, net, tokenizer, pairs):
