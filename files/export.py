@@ -26,6 +26,7 @@ def as_used(source, tokenizer):
     """The directory `source` with what a run with `tokenizer` (a ChatTokenizer) used -> (the object of config.json,
     {name: text} of the other JSON files that change). Before training it finds what cannot be exported: BadInput.
 
+    - RoPE stands in config.json in both its spellings.
     - eos_token_id holds what ends the assistant's turn, first where it was missing; eos_token is that token.
     - pad_token is eos_token where there is none that the vocabulary has.
     - chat_template is the one that rendered the prompts."""
@@ -53,8 +54,22 @@ def as_used(source, tokenizer):
             if token != tokens.get(kind):
                 ours[kind] = token
     names["chat_template"] = tokenizer.template
+    config |= spelled_twice(config)
     changed = zip(CHANGING, (generation, names, older))
     return config, {name: json.dumps(ours, indent=2) for name, ours in changed if ours != came[name]}
+
+
+def spelled_twice(config):
+    """The fields of config.json that say its RoPE, as transformers 4 reads them and as transformers 5 does."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = next((t for t in (rope.get("rope_theta"), config.get("rope_theta")) if t is not None), 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else scaling,
+        "rope_parameters": scaling | {"rope_type": kind, "rope_theta": theta},
+    }
 
 
 def tokenizer_files(source):
@@ -67,11 +82,11 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), texts=None,
     """Write a checkpoint in Hugging Face layout: config.json, model.safetensors or shards with an index, and what else
     is given.
 
-    source: the directory whose config.json is taken over, or a dict that is one; RoPE and the dtype are written in
-    both their spellings. shapes: name -> shape of every tensor. tensors: (name, tensor) in the order of `shapes`; each
-    is written and let go before the next is asked for, so that no more than one is in memory. copies: (path, name) of
-    files put beside them; texts: {name: text} of files written after these. All is written into DIRECTORY.tmp, synced
-    and renamed at the end: a directory of that name is whole. One that stood there is DIRECTORY.old until then."""
+    source: the directory whose config.json is taken over with the new dtype, or a dict that is one. shapes: name ->
+    shape of every tensor. tensors: (name, tensor) in the order of `shapes`; each is written and let go before the next
+    is asked for, so that no more than one is in memory. copies: (path, name) of files put beside them; texts: {name:
+    text} of files written after these. All is written into DIRECTORY.tmp, synced and renamed at the end: a directory
+    of that name is whole. One that stood there is DIRECTORY.old until then."""
     kind, dtype_name, width = DTYPE_NAMES[dtype]
     config = source if isinstance(source, dict) else read_json(os.path.join(source, "config.json"))
     part, old = (directory.rstrip("/") + suffix for suffix in (".tmp", ".old"))
@@ -108,7 +123,8 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), texts=None,
                     file.write(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
                 del tensor, piece  # before the next is asked for
 
-    texts = {"config.json": json.dumps(both_spellings(config, dtype_name), indent=2)} | (texts or {})
+    config = config | {"torch_dtype": dtype_name, "dtype": dtype_name}  # before and since transformers 4.56
+    texts = {"config.json": json.dumps(config, indent=2)} | (texts or {})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         texts[INDEX] = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2)
@@ -122,21 +138,6 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), texts=None,
     os.rename(part, directory)
     sync_directory(os.path.dirname(os.path.abspath(directory)))
     shutil.rmtree(old, ignore_errors=True)
-
-
-def both_spellings(config, dtype_name):
-    """config.json with RoPE as transformers 4 and 5 read it, and the dtype as before and since transformers 4.56."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = next((t for t in (rope.get("rope_theta"), config.get("rope_theta")) if t is not None), 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return config | {
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else scaling,
-        "rope_parameters": scaling | {"rope_type": kind, "rope_theta": theta},
-        "torch_dtype": dtype_name,
-        "dtype": dtype_name,
-    }
 
 
 @contextlib.contextmanager

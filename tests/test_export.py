@@ -1,4 +1,4 @@
-"""What a run leaves for other programs: policy/ and guide/ as transformers, vLLM and llama.cpp's converter read them."""
+"""What a run leaves for other programs: policy/ and guide/ as transformers, vLLM and llama.cpp read them."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from tiny_world import CONTROL, LLAMA3, TEMPLATE, make_checkpoint, make_pairs
 import model
 import train
 from files.card import add_figures, licence, model_card
-from files.export import save_model
+from files.export import as_used, save_model
+from files.tokenizer import load_tokenizer
 
 BASE_EOS, END = 256, 259
 OTHER = TEMPLATE.replace("<|head|>", "<|begin|>")
@@ -96,6 +97,7 @@ def test_what_ends_the_turn_already_keeps_its_files(trained, tmp_path):
 def test_what_cannot_be_exported_is_told_before_training(trained, tmp_path, capfd):
     source = pathlib.Path(make_checkpoint(tmp_path / "start"))
     (source / "generation_config.json").write_text("{")
+    capfd.readouterr()
     out = trained("--model", source, status=2)
     error = capfd.readouterr().err
     assert "generation_config.json: not JSON" in error and error.count("\n") == 1
@@ -178,8 +180,9 @@ def test_either_spelling_of_rope_gives_the_numbers(rope, version, tmp_path):
     config = spelled(read(source / "config.json") | {"rope_parameters": ROPES[rope]}, version)
     (source / "config.json").write_text(json.dumps(config))
     net = model.load_model(source)
+    config, _ = as_used(source, load_tokenizer(source))
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    save_model(str(tmp_path / "out"), str(source), shapes, net.named_parameters(), torch.float32)
+    save_model(str(tmp_path / "out"), config, shapes, net.named_parameters(), torch.float32)
     exported = read(tmp_path / "out/config.json")
     assert exported["rope_parameters"] == ROPES[rope] and exported["rope_theta"] == ROPES[rope]["rope_theta"]
     assert exported["dtype"] == exported["torch_dtype"] == "float32"
@@ -198,10 +201,8 @@ def test_a_source_without_theta_gets_the_one_that_was_computed_with(tmp_path):
     source = pathlib.Path(make_checkpoint(tmp_path / "start"))
     config = {k: v for k, v in read(source / "config.json").items() if not k.startswith("rope")}
     config["rope_scaling"] = {"type": "linear", "factor": 4.0}
-    net = model.load_model(source)
-    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    save_model(str(tmp_path / "out"), config, shapes, net.named_parameters(), torch.bfloat16)
-    exported = read(tmp_path / "out/config.json")
+    (source / "config.json").write_text(json.dumps(config))
+    exported, _ = as_used(source, load_tokenizer(source))
     assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == 10000.0
     assert exported["rope_scaling"] == {"type": "linear", "factor": 4.0}
     assert exported["rope_parameters"] == {
@@ -210,7 +211,7 @@ def test_a_source_without_theta_gets_the_one_that_was_computed_with(tmp_path):
         "factor": 4.0,
         "rope_theta": 10000.0,
     }
-    assert model.read_config(tmp_path / "out").rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    assert model.parse_config(exported).rope_scaling == {"rope_type": "linear", "factor": 4.0}
 
 
 # ------------------------------------------------------------------------------------------------ model card
