@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import gc
 import os
+import shlex
 import time
 from typing import NamedTuple
 
@@ -35,8 +36,10 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import model
 import tgdpo
-from files import hub, weights
+from files import hub
+from files.card import add_figures, model_card
 from files.errors import BadInput
+from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
 from runtime.failures import RunFailed, Stopped, complain
@@ -53,17 +56,6 @@ except ImportError:
 
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 SETTINGS = (
     "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
 ).split()
@@ -84,6 +76,7 @@ class Run(NamedTuple):
     signals: signals.Signals
     metrics: Metrics
     identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
+    beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
 
 
 class Inputs(NamedTuple):
@@ -142,18 +135,18 @@ def release(run):
         torch.cuda.empty_cache()
 
 
-def export(run, net, directory, source):
-    """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
+def export(run, net, directory, source, loss):
+    """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     stream = ((name, shards.whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
-        copies = [(os.path.join(source, name), name) for name in TOKENIZER_FILES]
-        if run.options.chat_template:
-            copies.append((run.options.chat_template, "chat_template.jinja"))
-        weights.save_model(directory, source, shapes, stream, run.dtype, [c for c in copies if os.path.exists(c[0])])
+        (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
+        card = model_card(loss, run.options.model, run.options.data, source, command)
+        copies = tokenizer_files(source)
+        save_model(directory, config, shapes, stream, run.dtype, copies, texts | {"README.md": card})
 
     def drain():
         for _ in stream:
@@ -490,6 +483,7 @@ def begin(options, ranks, out, inputs):
     config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
+    beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
     for line in preview.warnings(options, contexts, pairs, eval_pairs):
         say(line, ranks.rank)
     if options.dry_run:
@@ -506,7 +500,7 @@ def begin(options, ranks, out, inputs):
 
     identity = on_rank_0(write_down)
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank)
-    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, metrics, identity)
+    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, metrics, identity, beside)
 
 
 def lay_out(options, ranks, config, dtype, longest):
@@ -526,7 +520,7 @@ def train_guide(run, inputs, ref):
     directory = os.path.join(run.out, "guide")
     if new := not on_rank_0(lambda: results.has_guide(run.out)):
         guide, _ = train(run, Stage("dpo", inputs.pairs, inputs.eval_pairs, ref, None), inputs.source)
-        export(run, guide, directory, inputs.source)
+        export(run, guide, directory, inputs.source, "dpo")
         del guide
         release(run)
     run.identity["guide"] = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
@@ -558,7 +552,7 @@ def say_alpha(run, pairs, ref, guide):
 def train_policy(run, inputs, stage):
     """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
     policy, logps = train(run, stage, inputs.source)
-    export(run, policy, os.path.join(run.out, "policy"), inputs.source)
+    export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
     if logps is None:
         logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
     return logps, answer(run, policy, inputs)
