@@ -605,7 +605,7 @@ def whole_run(options, ranks, out):
     part = slice(len(pairs), None) if eval_pairs else slice(len(final))
     models = {"reference": ref and ref[part], "guide": guide and guide[part], "policy": final}
     on_rank_0(lambda: results.finish(out, options, tokenizer, shown, models, answers))
-    on_rank_0(lambda: complete_cards(out, options))
+    on_rank_0(lambda: complete_cards(out))
     on_rank_0(lambda: report.write(out))
     say(f"the page:   {os.path.join(out, 'report.html')}", run.rank)
 
@@ -659,10 +659,10 @@ def say_alpha(run, pairs, ref, guide):
         )
 
 
-def complete_cards(out, options):
+def complete_cards(out):
     """Put the final table, which results.finish has left in run.json, into the cards of the models of this run."""
     table = results.read_run(os.path.join(out, "run.json"))["table"]
-    for name in ("guide", "policy") if options.loss == "tgdpo" and not options.guide else ("policy",):
+    for name in ("guide", "policy"):
         add_figures(os.path.join(out, name), table)
 
 
