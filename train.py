@@ -37,7 +37,7 @@ import data
 import model
 import tgdpo
 from files import hub
-from files.card import add_figures, model_card
+from files.card import model_card
 from files.errors import BadInput
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary

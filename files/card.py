@@ -70,8 +70,10 @@ def licence(source):
 
 
 def add_figures(directory, table):
-    """Put a run's final table, a list of objects alike, at the end of the card of the model in `directory`."""
+    """Put a run's final table, a list of objects alike, at the end of the card of the model in `directory`, if any."""
     path = os.path.join(directory, "README.md")
+    if not table or not os.path.exists(path):
+        return
     with open(path, encoding="utf-8") as file:
         text = file.read().partition(FIGURES)[0]
     lines = [table[0], ["---"] * len(table[0])]

@@ -239,6 +239,8 @@ def test_policy_and_guide_have_cards_with_the_final_figures(trained, tmp_path, m
         assert not list(out.glob(f"{name}/*.tmp"))
     before = (out / "policy/README.md").read_text()
     add_figures(out / "policy", table)
+    add_figures(out / "policy", [])  # of a run that reports no pairs
+    add_figures(out / "a guide of an earlier version", table)
     assert (out / "policy/README.md").read_text() == before
 
 
