@@ -1,15 +1,12 @@
-"""Checkpoint files: what is read is a safetensors file and stays in its directory, what is written is whole.
+"""Checkpoint files: what is read is a safetensors file and stays in its directory.
 
 model.py says which tensors a model has; here stands what any checkpoint in Hugging Face layout has in common.
 """
 
 import json
-import math
 import os
-import shutil
 import stat
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from files.errors import BadInput
@@ -102,70 +99,3 @@ def read_json(path):
 
 def _line(error):
     return " ".join(str(error).split())[:160]
-
-
-DTYPE_NAMES = {torch.float32: ("F32", "float32", 4), torch.bfloat16: ("BF16", "bfloat16", 2)}
-
-
-def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes=5 * 10**9):
-    """Write a checkpoint in Hugging Face layout: config.json, model.safetensors or shards with an index, and copies.
-
-    source: the directory whose config.json is taken over with the new dtype, or a dict that is one. shapes: name ->
-    shape of every tensor. tensors: (name, tensor) in the order of `shapes`; each is written and let go before the
-    next is asked for, so that no more than one is in memory. copies: (path, name) of files put beside them. All is
-    written into DIRECTORY.tmp and renamed at the end: a directory of that name is whole. One that stood there is
-    DIRECTORY.old until then."""
-    kind, dtype_name, width = DTYPE_NAMES[dtype]
-    config = dict(source) if isinstance(source, dict) else read_json(os.path.join(source, "config.json"))
-    config |= {"torch_dtype": dtype_name, "dtype": dtype_name}  # its name before and since transformers 4.56
-    part = directory.rstrip("/") + ".tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    for path, name in copies:
-        shutil.copyfile(path, os.path.join(part, name))
-    with open(os.path.join(part, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2, ensure_ascii=False)
-
-    sizes = {name: width * math.prod(shape) for name, shape in shapes.items()}
-    shards = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    tensors = iter(tensors)
-    for file_name, names in zip(files, shards):
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            header[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [end, end + sizes[name]]}
-            end += sizes[name]
-        header = json.dumps(header).encode()
-        header += b" " * (-len(header) % 8)
-        with open(os.path.join(part, file_name), "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name in names:
-                given, tensor = next(tensors)
-                if given != name or tuple(tensor.shape) != tuple(shapes[name]):
-                    raise ValueError(f"tensor {given} {tuple(tensor.shape)} where {name} {tuple(shapes[name])} is due")
-                for piece in tensor.detach().flatten().split(PIECE):
-                    file.write(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
-                del tensor, piece  # before the next is asked for
-            file.flush()
-            os.fsync(file.fileno())
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, names in zip(files, shards) for name in names},
-        }
-        with open(os.path.join(part, INDEX), "w", encoding="utf-8") as file:
-            json.dump(index, file, indent=2)
-    old = directory.rstrip("/") + ".old"
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.isdir(directory):
-        os.rename(directory, old)
-    os.rename(part, directory)
-    shutil.rmtree(old, ignore_errors=True)

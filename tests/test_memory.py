@@ -237,12 +237,12 @@ def measure_loading_and_export(tiny, path, rank):
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, TENSOR)
 
     def loaded_and_exported(run, stage, directory):
-        train.export(run, train.sharded(tiny, run), os.path.join(run.out, "tiny"), tiny)
+        train.export(run, train.sharded(tiny, run), os.path.join(run.out, "tiny"), tiny, "dpo")
         before = resident()
         net = train.sharded(directory, run)
         peaks = {"loading": status("VmHWM") - before}
         resident()
-        train.export(run, net, os.path.join(run.out, "policy"), directory)
+        train.export(run, net, os.path.join(run.out, "policy"), directory, "dpo")
         peaks["export"] = status("VmHWM") - before
         shard = sum(4 * parameter.to_local().numel() for parameter in net.parameters())
         with open(f"{path}.{rank}", "w") as file:

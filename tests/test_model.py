@@ -11,7 +11,7 @@ import torch
 
 import data
 import model
-from files import weights
+from files.export import save_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -248,7 +248,7 @@ def test_export_loads_in_transformers(kind, tmp_path):
         for parameter in net.parameters():
             parameter.add_(0.01)
     (tmp_path / "note.txt").write_text("kept as it came")
-    weights.save_model(
+    save_model(
         str(tmp_path / "out"),
         str(tmp_path / "in"),
         {n: tuple(p.shape) for n, p in net.named_parameters()},
