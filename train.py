@@ -43,8 +43,9 @@ from files.tokenizer import load_tokenizer, same_vocabulary
 from report import report
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
 from runtime.failures import RunFailed, Stopped
+from runtime.metrics import Metrics
 from runtime.process_group import on_all_ranks, on_rank_0
-from runtime.progress import Metrics, Progress, say, tell
+from runtime.progress import Progress, say, tell
 from runtime.tally import Tally
 
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
