@@ -14,6 +14,11 @@ tokens, and are not in memory while the policy trains.
 
 import sys
 
+from runtime import supported
+
+if __name__ == "__main__":
+    supported.check()  # before anything is imported that another system lacks
+
 from runtime import options as option_table
 
 if __name__ == "__main__":
@@ -555,7 +560,7 @@ def whole_run(options, ranks, out):
         for directory in (source, guide_source)
         if directory
     }
-    for line in preview.warnings(options, contexts, pairs, eval_pairs):
+    for line in preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
         on_rank_0(

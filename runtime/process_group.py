@@ -32,6 +32,7 @@ class Ranks(typing.NamedTuple):
     world: int
     device: torch.device
     signals: Signals
+    here: int  # ranks on this machine, where torchrun tells it; else 1
 
 
 def start(timeout_minutes, device=None):
@@ -70,7 +71,7 @@ def start(timeout_minutes, device=None):
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     signals = Signals()
     held.callback(signals.restore)
-    return Ranks(rank, world, where, signals)
+    return Ranks(rank, world, where, signals, _number("LOCAL_WORLD_SIZE", 1))
 
 
 def _join(group, timeout):
