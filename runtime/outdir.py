@@ -48,7 +48,8 @@ def _claim(options):
     try:
         there = out is not None and os.path.isdir(out)
         if out is None:
-            out = _numbered(os.path.abspath(os.path.join("runs", options.name)), options.resume or options.overwrite)
+            out = os.path.abspath(os.path.join("runs", options.name))  # the name that a failure is told with
+            out = _numbered(out, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
         marked = any(os.path.lexists(os.path.join(out, name)) for name in (".lock", *RECORD))
         _lock(out)
