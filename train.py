@@ -14,6 +14,11 @@ tokens, and are not in memory while the policy trains.
 
 import sys
 
+from runtime import supported
+
+if __name__ == "__main__":
+    supported.check()  # before anything is imported that another system lacks
+
 from runtime import options as option_table
 
 if __name__ == "__main__":
@@ -44,8 +49,9 @@ from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
+from runtime.metrics import Metrics
 from runtime.process_group import on_all_ranks, on_rank_0
-from runtime.progress import Metrics, Progress, say
+from runtime.progress import Progress, say
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
 
@@ -484,7 +490,7 @@ def begin(options, ranks, out, inputs):
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
     beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
-    for line in preview.warnings(options, contexts, pairs, eval_pairs):
+    for line in preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
         on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))

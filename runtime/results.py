@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from files.card import add_figures
 from files.errors import BadInput
 from runtime import cache, checkpoint, memory, preview
 from runtime import options as option_table
@@ -130,6 +131,8 @@ def finish(out, options, tokenizer, pairs, models, answers):
             file.write(json.dumps(row) + "\n")
     path = os.path.join(out, "run.json")
     write_json(path, read_run(path) | {"table": table})
+    for name in ("guide", "policy"):
+        add_figures(os.path.join(out, name), table)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")
     if options.loss == "tgdpo":
         say(f"the guide:  {options.guide or os.path.join(out, 'guide')}")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from runtime import progress
-from runtime.progress import Metrics, Progress, say
+from runtime.metrics import Metrics
+from runtime.progress import Progress, say
 
 
 @pytest.fixture
