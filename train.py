@@ -243,12 +243,12 @@ def pack_loss(stage, options, logp, pack, indices, tally):
             result = tgdpo.tgdpo_loss(
                 policy, rows(ref, pack), rows(guide, pack), options.beta, options.alpha, options.guide_beta
             )
-            r_hat = tgdpo.r_hat(guide, ref, options.guide_beta)
+            r_hat = tgdpo.token_reward(guide, ref, options.guide_beta)
             sides = r_hat.split([n for ns in zip(pack.chosen_lengths, pack.rejected_lengths) for n in ns])
             r_hat_w, r_hat_l = torch.cat(sides[0::2]), torch.cat(sides[1::2])
             tally.add_guidance(
                 torch.cat([r_hat_w, r_hat_l]),
-                torch.cat([tgdpo.f_w(r_hat_w, options.alpha), tgdpo.f_l(r_hat_l, options.alpha)]),
+                torch.cat([tgdpo.chosen_weight(r_hat_w, options.alpha), tgdpo.rejected_weight(r_hat_l, options.alpha)]),
             )
     tally.add_losses(result)
     return result
@@ -644,7 +644,7 @@ def train_guide(run, stage, source):
 
 def say_alpha(run, pairs, ref, guide):
     """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
-    r_hat = [tgdpo.r_hat(g, r, run.options.guide_beta) for g, r, _ in zip(guide, ref, pairs)]
+    r_hat = [tgdpo.token_reward(g, r, run.options.guide_beta) for g, r, _ in zip(guide, ref, pairs)]
     r_hat_w = torch.cat([r[: len(pair.chosen)] for r, pair in zip(r_hat, pairs)])
     r_hat_l = torch.cat([r[len(pair.chosen) :] for r, pair in zip(r_hat, pairs)])
     bounds = {share: tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)}
@@ -655,7 +655,9 @@ def say_alpha(run, pairs, ref, guide):
         run.rank,
     )
     if run.options.alpha >= bounds[1.0]:
-        f = torch.cat([tgdpo.f_w(r_hat_w, run.options.alpha), tgdpo.f_l(r_hat_l, run.options.alpha)])
+        f = torch.cat(
+            [tgdpo.chosen_weight(r_hat_w, run.options.alpha), tgdpo.rejected_weight(r_hat_l, run.options.alpha)]
+        )
         say(
             f"warning: with alpha {run.options.alpha} f is not positive on {(f <= 0).double().mean():.2%} of the "
             "tokens, whose gradient turns its sign (derive.md, D13)",
