@@ -43,6 +43,7 @@ from files.tokenizer import load_tokenizer, same_vocabulary
 from report import report
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
 from runtime.failures import RunFailed, Stopped
+from runtime.losses import LOSSES
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Metrics, Progress, say, tell
 from runtime.tally import Tally
@@ -82,7 +83,7 @@ class Run(NamedTuple):
 class Stage(NamedTuple):
     """One training: the policy starts from the reference and learns from `pairs` by one loss."""
 
-    loss: str  # tgdpo, dpo or simpo
+    loss: str  # its name in runtime/losses.py
     pairs: list  # of data.Pair
     eval_pairs: list
     ref: list | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
@@ -228,29 +229,21 @@ def cached_log_probs(run, kind, directory, pairs, digest=None):
 # -------------------------------------------------------------------------------------------------- the losses
 
 
+def loss_of(name, options, tensors):
+    """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each."""
+    entry = LOSSES[name]
+    settings = {option: getattr(options, option) for option in entry.options}
+    return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
+
+
 def pack_loss(stage, options, logp, pack, indices, tally):
     """The loss of each pair of a pack: logp [R], indices of its pairs -> tgdpo.Loss of [B]; figures go to the tally."""
-    policy = rows(logp, pack)
-    if stage.loss == "simpo":
-        lengths = [torch.tensor(n, device=logp.device) for n in (pack.chosen_lengths, pack.rejected_lengths)]
-        result = tgdpo.simpo_loss(policy, lengths, options.beta, options.gamma)
-    else:
-        ref = torch.cat([stage.ref[i] for i in indices]).to(logp.device)  # [R]
-        if stage.loss == "dpo":
-            result = tgdpo.dpo_loss(policy, rows(ref, pack), options.beta)
-        else:
-            guide = torch.cat([stage.guide[i] for i in indices]).to(logp.device)
-            result = tgdpo.tgdpo_loss(
-                policy, rows(ref, pack), rows(guide, pack), options.beta, options.alpha, options.guide_beta
-            )
-            r_hat = tgdpo.token_reward(guide, ref, options.guide_beta)
-            sides = r_hat.split([n for ns in zip(pack.chosen_lengths, pack.rejected_lengths) for n in ns])
-            r_hat_w, r_hat_l = torch.cat(sides[0::2]), torch.cat(sides[1::2])
-            tally.add_guidance(
-                torch.cat([r_hat_w, r_hat_l]),
-                torch.cat([tgdpo.chosen_weight(r_hat_w, options.alpha), tgdpo.rejected_weight(r_hat_l, options.alpha)]),
-            )
-    tally.add_losses(result)
+    tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
+    for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
+        if frozen is not None:
+            tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
+    result = loss_of(stage.loss, options, tensors)
+    tally.add(result, tensors["lengths"])
     return result
 
 
@@ -268,6 +261,30 @@ def figures(run, stage, logps):
         pack, logp = data.collate([stage.eval_pairs[i] for i in indices]), torch.cat([logps[i] for i in indices])
         pack_loss(stage, run.options, logp.to(run.device), pack, [len(stage.pairs) + i for i in indices], tally)
     return tally.row()
+
+
+def judged(options, pairs, models):
+    """tgdpo's numbers of each pair, in float64, for the final table and tokens.jsonl. models: {ref, guide, policy ->
+    log-probs [C + R] of each pair, or None}. Yields, pair by pair, {model: the Loss with that model as the policy} and
+    {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C], rejected [1, R])}."""
+    for i, pair in enumerate(pairs):
+        lengths = torch.tensor([[len(pair.chosen)], [len(pair.rejected)]])
+        known = {name: logps[i].double()[None] for name, logps in models.items() if logps}
+        tokens = {name: logp.split(lengths.flatten().tolist(), 1) for name, logp in known.items()}
+        losses = {
+            name: loss_of(options.loss, options, tokens | {"policy": model, "lengths": lengths})
+            for name, model in tokens.items()
+        }
+        policy, ref, loss = tokens["policy"], tokens.get("ref"), losses["policy"]
+        if ref:
+            tokens["moved"] = tuple(map(tgdpo.token_log_ratios, policy, ref))
+        if loss.r_hat:  # what the guide gives; without one, what the policy itself has come to give
+            tokens |= {"reward": loss.r_hat, "f": loss.f}
+        elif ref:
+            tokens["reward"] = tuple(tgdpo.token_reward(p, r, options.beta) for p, r in zip(policy, ref))
+        else:
+            tokens["reward"] = tuple(tgdpo.mean_reward(p, n, options.beta) for p, n in zip(policy, lengths))
+        yield losses, tokens
 
 
 # ------------------------------------------------------------------------------------------------- one training
@@ -346,8 +363,7 @@ def train(run, stage, directory):
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay, fused=True
     )
-    per_epoch = -(-len(stage.pairs) // options.batch_size)
-    total, step = options.epochs * per_epoch, 0
+    (per_epoch, total), step = preview.steps(options, len(stage.pairs)), 0
     checkpoints = os.path.join(run.out, "checkpoints")
     tensors = training_state(net, optimiser)
     newest = on_rank_0(lambda: checkpoint.newest(checkpoints, say)) if options.resume else None
@@ -584,13 +600,14 @@ def whole_run(options, ranks, out):
     )
 
     ref = guide = None
-    if options.loss != "simpo":
+    if "ref" in LOSSES[options.loss].tensors:
         ref = cached_log_probs(run, "ref", source, pairs + eval_pairs, identity["model"])
-    if options.loss == "tgdpo":
+    if "guide" in LOSSES[options.loss].tensors:
         if guide_source is None:
             guide_source, identity["guide"] = train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source)
         guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, identity["guide"])
-        say_alpha(run, pairs, ref, guide)
+        if options.alpha is not None:
+            say_alpha(run, pairs, ref, guide)
     stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
     policy, final = train(run, stage, source)
     export(run, policy, os.path.join(out, "policy"), source)
@@ -608,8 +625,9 @@ def whole_run(options, ranks, out):
             del net
             release(run)
     part = slice(len(pairs), None) if eval_pairs else slice(len(final))
-    models = {"reference": ref and ref[part], "guide": guide and guide[part], "policy": final}
-    on_rank_0(lambda: results.finish(out, options, tokenizer, shown, models, answers))
+    models = {"ref": ref and ref[part], "guide": guide and guide[part], "policy": final}
+    scored = shown[: len(final)]
+    on_rank_0(lambda: results.finish(out, options, tokenizer, scored, judged(options, scored, models), answers))
     on_rank_0(lambda: report.write(out))
     say(f"the page:   {os.path.join(out, 'report.html')}", run.rank)
 
@@ -644,23 +662,21 @@ def train_guide(run, stage, source):
 
 def say_alpha(run, pairs, ref, guide):
     """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
-    r_hat = [tgdpo.token_reward(g, r, run.options.guide_beta) for g, r, _ in zip(guide, ref, pairs)]
-    r_hat_w = torch.cat([r[: len(pair.chosen)] for r, pair in zip(r_hat, pairs)])
-    r_hat_l = torch.cat([r[len(pair.chosen) :] for r, pair in zip(r_hat, pairs)])
-    bounds = {share: tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)}
+    lengths = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))]
+    guide, ref = (torch.cat(logps[: len(pairs)]) for logps in (guide, ref))  # [R]
+    parts = tgdpo.token_reward(guide, ref, run.options.guide_beta).split(lengths)
+    r_hat_w, r_hat_l = torch.cat(parts[0::2]), torch.cat(parts[1::2])
+    bounds = [tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)]
     say(
-        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(
-            *bounds.values()
-        ),
+        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(*bounds),
         run.rank,
     )
-    if run.options.alpha >= bounds[1.0]:
-        f = torch.cat(
-            [tgdpo.chosen_weight(r_hat_w, run.options.alpha), tgdpo.rejected_weight(r_hat_l, run.options.alpha)]
-        )
+    alpha = run.options.alpha
+    if alpha >= bounds[0]:
+        f = torch.cat([tgdpo.chosen_weight(r_hat_w, alpha), tgdpo.rejected_weight(r_hat_l, alpha)])
         say(
-            f"warning: with alpha {run.options.alpha} f is not positive on {(f <= 0).double().mean():.2%} of the "
-            "tokens, whose gradient turns its sign (derive.md, D13)",
+            f"warning: with alpha {alpha} f is not positive on {(f <= 0).double().mean():.2%} of the tokens, whose "
+            "gradient turns its sign (derive.md, D13)",
             run.rank,
         )
 
