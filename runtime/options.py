@@ -194,8 +194,6 @@ class Options:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 DEFAULTS = {name: field.default for name, field in FIELDS.items()}
-
-
 # The type of each option's value: bool, int, float, str or tuple (of strings).
 KINDS = {
     name: tuple if typing.get_origin(hint) is tuple else (typing.get_args(hint) or (hint,))[0]
