@@ -99,7 +99,7 @@ class Inputs(NamedTuple):
 class Stage(NamedTuple):
     """One training: the policy starts from the reference and learns from `pairs` by one loss."""
 
-    loss: str  # tgdpo, dpo or simpo
+    loss: str  # its name in runtime/losses.py
     pairs: list  # of data.Pair
     eval_pairs: list
     ref: list | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
@@ -254,29 +254,21 @@ def cached_log_probs(run, kind, directory, pairs, digest=None):
 # -------------------------------------------------------------------------------------------------- the losses
 
 
+def loss_of(name, options, tensors):
+    """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each."""
+    entry = LOSSES[name]
+    settings = {option: getattr(options, option) for option in entry.options}
+    return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
+
+
 def pack_loss(stage, options, logp, pack, indices, tally):
     """The loss of each pair of a pack: logp [R], indices of its pairs -> tgdpo.Loss of [B]; figures go to the tally."""
-    policy = rows(logp, pack)
-    if stage.loss == "simpo":
-        lengths = [torch.tensor(n, device=logp.device) for n in (pack.chosen_lengths, pack.rejected_lengths)]
-        result = tgdpo.simpo_loss(policy, lengths, options.beta, options.gamma)
-    else:
-        ref = torch.cat([stage.ref[i] for i in indices]).to(logp.device)  # [R]
-        if stage.loss == "dpo":
-            result = tgdpo.dpo_loss(policy, rows(ref, pack), options.beta)
-        else:
-            guide = torch.cat([stage.guide[i] for i in indices]).to(logp.device)
-            result = tgdpo.tgdpo_loss(
-                policy, rows(ref, pack), rows(guide, pack), options.beta, options.alpha, options.guide_beta
-            )
-            r_hat = tgdpo.r_hat(guide, ref, options.guide_beta)
-            sides = r_hat.split([n for ns in zip(pack.chosen_lengths, pack.rejected_lengths) for n in ns])
-            r_hat_w, r_hat_l = torch.cat(sides[0::2]), torch.cat(sides[1::2])
-            tally.add_guidance(
-                torch.cat([r_hat_w, r_hat_l]),
-                torch.cat([tgdpo.f_w(r_hat_w, options.alpha), tgdpo.f_l(r_hat_l, options.alpha)]),
-            )
-    tally.add_losses(result)
+    tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
+    for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
+        if frozen is not None:
+            tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
+    result = loss_of(stage.loss, options, tensors)
+    tally.add(result, tensors["lengths"])
     return result
 
 
@@ -288,6 +280,30 @@ def figures(run, stage, logps):
         pack, logp = data.collate([stage.eval_pairs[i] for i in indices]), torch.cat([logps[i] for i in indices])
         pack_loss(stage, run.options, logp.to(run.device), pack, [len(stage.pairs) + i for i in indices], tally)
     return tally.row()
+
+
+def judged(options, pairs, models):
+    """tgdpo's numbers of each pair, in float64, for the final table and tokens.jsonl. models: {ref, guide, policy ->
+    log-probs [C + R] of each pair, or None}. Yields, pair by pair, {model: the Loss with that model as the policy} and
+    {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C], rejected [1, R])}."""
+    for i, pair in enumerate(pairs):
+        lengths = torch.tensor([[len(pair.chosen)], [len(pair.rejected)]])
+        known = {name: logps[i].double()[None] for name, logps in models.items() if logps}
+        tokens = {name: logp.split(lengths.flatten().tolist(), 1) for name, logp in known.items()}
+        losses = {
+            name: loss_of(options.loss, options, tokens | {"policy": model, "lengths": lengths})
+            for name, model in tokens.items()
+        }
+        policy, ref, loss = tokens["policy"], tokens.get("ref"), losses["policy"]
+        if ref:
+            tokens["moved"] = tuple(map(tgdpo.token_log_ratios, policy, ref))
+        if loss.r_hat:  # what the guide gives; without one, what the policy itself has come to give
+            tokens |= {"reward": loss.r_hat, "f": loss.f}
+        elif ref:
+            tokens["reward"] = tuple(tgdpo.token_reward(p, r, options.beta) for p, r in zip(policy, ref))
+        else:
+            tokens["reward"] = tuple(tgdpo.mean_reward(p, n, options.beta) for p, n in zip(policy, lengths))
+        yield losses, tokens
 
 
 # ------------------------------------------------------------------------------------------------- one training
@@ -351,8 +367,7 @@ def train(run, stage, directory):
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay, fused=True
     )
-    per_epoch = -(-len(stage.pairs) // options.batch_size)
-    training = Training(stage.loss, net, optimiser, per_epoch, options.epochs * per_epoch)
+    training = Training(stage.loss, net, optimiser, *preview.steps(options, len(stage.pairs)))
     resume(run, training)
     stop_if_told(run, state="nothing to save yet")  # from here on a signal waits for the end of a step
     bar, final = Progress(training.total, stage.loss, run.rank, start=training.step), None
@@ -475,10 +490,11 @@ def whole_run(options, ranks, out):
     if "guide" in needs:
         guide_source = inputs.guide or train_guide(run, inputs, ref)
         guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, run.identity["guide"])
-        say_alpha(run, pairs, ref, guide)
+        if options.alpha is not None:
+            say_alpha(run, pairs, ref, guide)
     policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, guide))
     release(run)
-    tell_results(run, inputs, {"reference": ref, "guide": guide, "policy": policy}, answers, guide_source)
+    tell_results(run, inputs, {"ref": ref, "guide": guide, "policy": policy}, answers, guide_source)
 
 
 def begin(options, ranks, out, inputs):
@@ -536,21 +552,21 @@ def train_guide(run, inputs, ref):
 
 def say_alpha(run, pairs, ref, guide):
     """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
-    r_hat = [tgdpo.r_hat(g, r, run.options.guide_beta) for g, r, _ in zip(guide, ref, pairs)]
-    r_hat_w = torch.cat([r[: len(pair.chosen)] for r, pair in zip(r_hat, pairs)])
-    r_hat_l = torch.cat([r[len(pair.chosen) :] for r, pair in zip(r_hat, pairs)])
-    bounds = {share: tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)}
+    lengths = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))]
+    guide, ref = (torch.cat(logps[: len(pairs)]) for logps in (guide, ref))  # [R]
+    parts = tgdpo.token_reward(guide, ref, run.options.guide_beta).split(lengths)
+    r_hat_w, r_hat_l = torch.cat(parts[0::2]), torch.cat(parts[1::2])
+    bounds = [tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)]
     say(
-        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(
-            *bounds.values()
-        ),
+        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(*bounds),
         run.rank,
     )
-    if run.options.alpha >= bounds[1.0]:
-        f = torch.cat([tgdpo.f_w(r_hat_w, run.options.alpha), tgdpo.f_l(r_hat_l, run.options.alpha)])
+    alpha = run.options.alpha
+    if alpha >= bounds[0]:
+        f = torch.cat([tgdpo.chosen_weight(r_hat_w, alpha), tgdpo.rejected_weight(r_hat_l, alpha)])
         say(
-            f"warning: with alpha {run.options.alpha} f is not positive on {(f <= 0).double().mean():.2%} of the "
-            "tokens, whose gradient turns its sign (derive.md, D13)",
+            f"warning: with alpha {alpha} f is not positive on {(f <= 0).double().mean():.2%} of the tokens, whose "
+            "gradient turns its sign (derive.md, D13)",
             run.rank,
         )
 
@@ -576,9 +592,10 @@ def tell_results(run, inputs, logps, answers, guide_source):
             del net
             release(run)
     shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
-    logps |= {name: logps[name] and logps[name][shown] for name in ("reference", "guide")}
-    pairs = inputs.eval_pairs or inputs.pairs
-    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, logps, answers))
+    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide")}
+    pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
+    judgements = judged(run.options, pairs, logps)
+    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))
     if report:
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
