@@ -1,9 +1,9 @@
 """Preference records to token ids to batches.
 
-A row of a file becomes a prompt of messages and two replies; the tokenizer's own chat template and vocabulary
-make a `Pair` of token ids of them. Pairs are dealt to ranks and laid out as a `Pack`, one row of tokens
-without padding, in which a pair's prompt stands once for both responses.
-Letters: B pairs, N rows (tokens of the pack), S segments (two a pair), M keys, R response tokens, V pieces.
+A row of a file becomes a prompt of messages and two replies (`preference_of`), and with the tokenizer's own chat
+template and vocabulary a `Pair` of token ids (`pair_of`). Pairs are put in order, dealt to ranks and laid out as a
+`Pack`, all tokens in one line without padding, in which a pair's prompt stands once for both responses.
+Letters: B pairs, N tokens, S segments (two a pair), M keys, R response tokens, V pieces.
 """
 
 import collections
@@ -18,16 +18,12 @@ import numpy as np
 import torch
 
 from files.errors import BadInput, BadRow, brief
-from files.renderer import Renderer
 from files.rows import read_rows
+from files.template import ChatTemplate
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PROMPTS = ("prompt", "instruction", "conversations")
-CHUNK = 512  # rows rendered and tokenised at a time
-
-
-class Dropped(Exception):
-    """A readable row that is not trained on: "kind" or "kind: detail"."""
+CHUNK = 512  # rows in memory at a time
 
 
 class Pair(NamedTuple):
@@ -37,6 +33,8 @@ class Pair(NamedTuple):
     chosen: np.ndarray  # [C] int32, every token of it is scored
     rejected: np.ndarray  # [R] int32, likewise
     source: str  # "FILE:ROW", rows counted from 1: lines, or elements of an array or table
+    cut: int = 0  # how many of the responses were cut
+    apart: int = 0  # how many were tokenised apart from the prompt
 
 
 class Counts(NamedTuple):
@@ -52,40 +50,24 @@ class Counts(NamedTuple):
 # Rows to messages
 
 
-def text_of(value, field):
-    """A string, or the joined strings of a list of text parts."""
-    if isinstance(value, list):
-        parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") == "text"]
-        texts = [part.get("value") if part.get("text") is None else part["text"] for part in parts]
-        if parts and len(parts) == len(value) and all(isinstance(text, str) for text in texts):
-            value = "".join(texts)
-    if not isinstance(value, str):
-        raise BadRow(
-            f"no text: `{field}` must be a string or a list of text parts, and is "
-            + ("missing" if value is None else f"a {type(value).__name__}")
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"lone surrogate: {value[error.start]!a} in `{field}` is no character") from None
-    return value
+def preference_of(row):
+    """A row of any accepted form as (prompt messages, chosen text, rejected text). Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(f"no object: the row is a {type(row).__name__}")
+    chosen, rejected = dialogues_of(row)
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("different prompts: chosen and rejected must answer the same messages")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
-def messages_of(value, field):
-    """Messages in either spelling (role and content, from and value) as [{"role", "content"}]."""
-    messages = []
-    for number, message in enumerate(value if isinstance(value, list) else [value], 1):
-        place = f"{field}[{number}]"
-        if not isinstance(message, dict):
-            raise BadRow(f"no message: `{place}` must be an object with role and content")
-        role, content = (
-            message.get(b) if message.get(a) is None else message[a]
-            for a, b in (("role", "from"), ("content", "value"))
-        )
-        if not isinstance(role, str) or role not in ROLES:
-            raise BadRow(f"unknown role: {brief(role)!r} in `{place}`; known are {', '.join(ROLES)}")
-        messages.append({"role": ROLES[role], "content": text_of(content, place)})
-    return messages
+def dialogues_of(row):
+    """The two dialogues of a row, messages that end with the reply. A new form of rows is one more case here."""
+    if row.get("chosen_messages") is not None:  # LLaMA-Factory's v1 form
+        return [dialogue_of(row, field, None) for field in ("chosen_messages", "rejected_messages")]
+    prompt = prompt_of(row)
+    return [dialogue_of(row, field, prompt) for field in ("chosen", "rejected")]
 
 
 def prompt_of(row):
@@ -105,46 +87,65 @@ def prompt_of(row):
     return messages
 
 
-def preference_of(row):
-    """A row of any accepted form as (prompt messages, chosen text, rejected text). Raises BadRow."""
-    if isinstance(row, BadRow):
-        raise row
-    if not isinstance(row, dict):
-        raise BadRow(f"no object: the row is a {type(row).__name__}")
-    typed = "_messages" if row.get("chosen_messages") is not None else ""  # LLaMA-Factory's v1 form
-    prompt, sides = None if typed else prompt_of(row), []
-    for field in ("chosen" + typed, "rejected" + typed):
-        value = row.get(field)
-        if not isinstance(value, (str, list, dict)):
-            raise BadRow(
-                f"missing field: `{field}`"
-                if value is None
-                else f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}"
-            )
-        value = {"role": "assistant", "content": value} if isinstance(value, str) else value
-        side = messages_of(value, field)
-        if not side or side[0]["role"] == "assistant":
-            if prompt is None:
-                raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
-            side = prompt + side
-        elif any(isinstance(row.get(name), list) for name in PROMPTS) and side[: len(prompt)] != prompt:
-            raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
-        roles = [message["role"] for message in side]
-        turns = roles[roles[:1] == ["system"] :]
-        if turns[-1:] != ["assistant"]:
-            raise BadRow(f"no response: `{field}` must end with a message of the assistant")
-        if turns != ["user", "assistant"] * (len(turns) // 2):
-            raise BadRow(
-                f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, "
-                "if any, user and assistant speak in turn"
-            )
-        sides.append(side)
-    if sides[0][:-1] != sides[1][:-1]:
-        raise BadRow("different prompts: chosen and rejected must answer the same messages")
-    return sides[0][:-1], sides[0][-1]["content"], sides[1][-1]["content"]
+def dialogue_of(row, field, prompt):
+    """The messages in a field of a row, which hold the prompt's or follow them: roles in order, the reply last."""
+    value = row.get(field)
+    if value is None:
+        raise BadRow(f"missing field: `{field}`")
+    if not isinstance(value, (str, list, dict)):
+        raise BadRow(f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}")
+    dialogue = messages_of({"role": "assistant", "content": value} if isinstance(value, str) else value, field)
+    if not dialogue or dialogue[0]["role"] == "assistant":
+        if prompt is None:
+            raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
+        dialogue = prompt + dialogue
+    elif any(isinstance(row.get(name), list) for name in PROMPTS) and dialogue[: len(prompt)] != prompt:
+        raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
+    roles = [message["role"] for message in dialogue]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns[-1:] != ["assistant"]:
+        raise BadRow(f"no response: `{field}` must end with a message of the assistant")
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise BadRow(
+            f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, if any, "
+            "user and assistant speak in turn"
+        )
+    return dialogue
 
 
-# Files to pairs
+def messages_of(value, field):
+    """Messages in either spelling (role and content, from and value) as [{"role", "content"}]."""
+    messages = []
+    for number, message in enumerate(value if isinstance(value, list) else [value], 1):
+        place = f"{field}[{number}]"
+        if not isinstance(message, dict):
+            raise BadRow(f"no message: `{place}` must be an object with role and content")
+        role = message.get("from") if message.get("role") is None else message["role"]
+        content = message.get("value") if message.get("content") is None else message["content"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRow(f"unknown role: {brief(role)!r} in `{place}`; known are {', '.join(ROLES)}")
+        messages.append({"role": ROLES[role], "content": text_of(content, place)})
+    return messages
+
+
+def text_of(value, field):
+    """A string, or the joined strings of a list of text parts."""
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") == "text"]
+        texts = [part.get("value") if part.get("text") is None else part["text"] for part in parts]
+        if parts and len(parts) == len(value) and all(isinstance(text, str) for text in texts):
+            value = "".join(texts)
+    if not isinstance(value, str):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise BadRow(f"no text: `{field}` must be a string or a list of text parts, and is {found}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"lone surrogate: {value[error.start]!a} in `{field}` is no character") from None
+    return value
+
+
+# Messages to pairs
 
 
 def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False):
@@ -155,119 +156,87 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
-    clip = (max_length + 1) * tokenizer.longest  # more characters are more than max_length tokens
-    outcomes = []  # (file, row, Pair or BadRow or Dropped, responses cut, responses tokenised apart)
-    with ThreadPoolExecutor(1) as pool, Renderer(tokenizer) as renderer:
-
-        def render_some():
-            return [
-                (path, row, texts_of(value, tokenizer, renderer, clip))
-                for path, row, value in itertools.islice(rows, CHUNK)
-            ]
-
-        ahead = pool.submit(render_some)
-        while chunk := ahead.result():
-            ahead = pool.submit(render_some)  # the next rows are rendered while these are tokenised
-            outcomes += pairs_of(chunk, tokenizer, max_length, max_prompt_length)
-    bad = [f"{path}:{row}: {outcome}" for path, row, outcome, _, _ in outcomes if isinstance(outcome, BadRow)]
+    total, pairs, dropped, bad = 0, [], [], []
+    with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
+        make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length)
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            for (path, row, _), result in zip(chunk, pool.map(make, chunk)):
+                total += 1
+                if isinstance(result, Pair):
+                    pairs.append(result)
+                    continue
+                dropped.append({"file": str(path), "row": row, "reason": str(result)})
+                if isinstance(result, BadRow):
+                    bad.append(f"{path}:{row}: {result}")
+    if len(bad) == 1 and not skip_bad_rows:
+        raise BadInput(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
     if bad and not skip_bad_rows:
-        if len(bad) == 1:
-            raise BadInput(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
-        more = f"\n... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise BadInput(
-            f"{len(bad)} of {len(outcomes)} rows cannot be used; mend them, or drop such rows with "
-            "--skip-bad-rows\n" + "\n".join(bad[:10]) + more
-        )
-    pairs = [outcome for _, _, outcome, _, _ in outcomes if isinstance(outcome, Pair)]
-    dropped = [
-        {"file": str(path), "row": row, "reason": str(outcome)}
-        for path, row, outcome, _, _ in outcomes
-        if not isinstance(outcome, Pair)
-    ]
+        what = f"{len(bad)} of {total} rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
+        more = [f"... and {len(bad) - 10} more"] if len(bad) > 10 else []
+        raise BadInput("\n".join([what, *bad[:10], *more]))
     if not pairs:
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in dropped)
         raise BadInput(
-            f"{', '.join(map(str, paths))}: no pair is left of {len(outcomes)} rows: "
+            f"{', '.join(map(str, paths))}: no pair is left of {total} rows: "
             + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             + "; give other data, or longer --max-length and --max-prompt-length"
         )
-    cut, boundary = (sum(outcome[i] for outcome in outcomes) for i in (3, 4))
-    return pairs, Counts(len(outcomes), len(pairs), cut, boundary, dropped)
+    cut, apart = sum(pair.cut for pair in pairs), sum(pair.apart for pair in pairs)
+    return pairs, Counts(total, len(pairs), cut, apart, dropped)
 
 
-def texts_of(row, tokenizer, renderer, clip):
-    """One row's texts: (prompt, scored text of each response, id that ends each), or why it has none.
-
-    A response of more than `clip` characters is cut there, which ends it without an id.
-    """
+def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length):
+    """The Pair of a row; or why there is none: BadRow where it cannot be read, a string where it is dropped."""
+    most = (max_length + 1) * tokenizer.longest  # more characters are more than max_length tokens
     try:
-        prompt, *replies = preference_of(row)
-        control = tokenizer.control.search("\0".join([message["content"] for message in prompt] + replies))
+        messages, *replies = preference_of(value)
+        control = tokenizer.control.search("\0".join([message["content"] for message in messages] + replies))
         if control:
-            return Dropped(f"control token in the text: {control[0]}")
+            return f"control token in the text: {brief(control[0])}"
         if not all(reply.strip() for reply in replies):
-            return Dropped("empty response")
-        before, *full = renderer.render(prompt, replies)
-        if len(before) > clip:
-            return Dropped(f"prompt too long: {len(before)} characters")
-        texts, ends = zip(*(tokenizer.scored(before, *both) for both in zip(full, replies)))
-        return (
-            before,
-            [text[:clip] for text in texts],
-            [end if len(text) <= clip else None for text, end in zip(texts, ends)],
-        )
+            return "empty response"
+        text, *dialogues = template.render(messages, replies)
+        if len(text) > most:
+            return f"prompt too long: {len(text)} characters"
+        scored = [tokenizer.scored(text, *both) for both in zip(dialogues, replies)]  # [(text, id that ends it)]
     except BadRow as error:
         return error
-
-
-def pairs_of(chunk, tokenizer, max_length, max_prompt_length):
-    """Tokenises (file, row, what texts_of gave) into the outcomes of load_pairs."""
-    good = [texts for _, _, texts in chunk if not isinstance(texts, Exception)]
-    encoded = iter(tokenizer.encode_after([prompt for prompt, _, _ in good], [both for _, both, _ in good]))
-    outcomes = []
-    for path, row, outcome in chunk:
-        cut = apart = 0
-        if not isinstance(outcome, Exception):
-            (text, _, ends), (prompt, responses, apart) = outcome, next(encoded)
-            room = max(max_length - len(prompt), 0)
-            cut = sum(end is None or len(ids) >= room for ids, end in zip(responses, ends))
-            chosen, rejected = (
-                np.array((ids if end is None else [*ids, end])[:room], np.int32) for ids, end in zip(responses, ends)
-            )
-            written = len(tokenizer.control.findall(text))  # the template's own control tokens
-            if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > written:
-                outcome = Dropped("control token in the text: it appears as the tokenizer normalises")
-            elif len(prompt) > max_prompt_length:
-                outcome = Dropped(f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}")
-            elif room == 0:
-                outcome = Dropped(f"prompt fills the context: {len(prompt)} tokens of {max_length}")
-            elif np.array_equal(chosen, rejected):
-                outcome = Dropped("equal responses after the cut" if cut else "equal responses")
-            else:
-                outcome = Pair(np.array(prompt, np.int32), chosen, rejected, f"{path}:{row}")
-        kept = isinstance(outcome, Pair)
-        outcomes.append((path, row, outcome, cut * kept, apart * kept))
-    return outcomes
+    prompt, responses, apart = tokenizer.encode_after(text, [response[:most] for response, _ in scored])
+    room, cut = max_length - len(prompt), 0
+    if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > len(tokenizer.control.findall(text)):
+        return "control token in the text: it appears as the tokenizer normalises"
+    if len(prompt) > max_prompt_length:
+        return f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}"
+    if room <= 0:
+        return f"prompt fills the context: {len(prompt)} tokens of {max_length}"
+    for ids, (response, end) in zip(responses, scored):
+        ids.append(end)
+        cut += len(ids) > room or len(response) > most
+        del ids[room:]
+    chosen, rejected = (np.array(ids, np.int32) for ids in responses)
+    if np.array_equal(chosen, rejected):
+        return "equal responses after the cut" if cut else "equal responses"
+    return Pair(np.array(prompt, np.int32), chosen, rejected, f"{path}:{row}", cut, apart)
 
 
 # Pairs to batches
 
 
 class Pack(NamedTuple):
-    """Pairs side by side in one row; see `collate`."""
+    """Pairs side by side, all tokens in one line; see `collate`."""
 
     tokens: torch.Tensor  # [N] int64
     positions: torch.Tensor  # [N] int64, each branch counted from the prompt's first token
+    keys: torch.Tensor  # [M] int64, the place of the token that serves as each key
+    first: torch.Tensor  # [N] int64, where in keys each token stands first
+    shared: torch.Tensor  # [U] int64, the places of the tokens that stand there twice (the prompts')
+    second: torch.Tensor  # [U] int64, and where they stand again
+    predictors: torch.Tensor  # [R] int64, the place of the token that predicts each response token
+    targets: torch.Tensor  # [R] int64, the response tokens: pair by pair, chosen then rejected
     cu_q: torch.Tensor  # [S + 1] int32, where the queries of each segment begin
     cu_k: torch.Tensor  # [S + 1] int32, where its keys begin; causal, aligned at the bottom right
     max_q: int  # most queries in a segment
     max_k: int  # most keys in a segment
-    keys: torch.Tensor  # [M] int64, the row that serves as each key
-    first: torch.Tensor  # [N] int64, where in keys each row stands first
-    shared: torch.Tensor  # [U] int64, the rows that stand there twice (the prompts')
-    second: torch.Tensor  # [U] int64, and where they stand again
-    predictors: torch.Tensor  # [R] int64, the row that predicts each response token
-    targets: torch.Tensor  # [R] int64, the response tokens: pair by pair, chosen then rejected
     chosen_lengths: tuple  # B ints
     rejected_lengths: tuple  # B ints
 
@@ -275,14 +244,14 @@ class Pack(NamedTuple):
 def collate(pairs, share_prompt=True):
     """Lays pairs out as one Pack. Two pairs, the first with prompt 1 2, chosen 3 4 and rejected 5:
 
-        row         0  1  2  3  4   5  6  7  8
+        place       0  1  2  3  4   5  6  7  8
         tokens      1  2  3  4  5   6  7  8  9
                     prompt chosen   prompt 6, chosen 7, rejected 8 9
                               rejected
         positions   0  1  2  3  2   0  1  1  2
 
-    A pair is two segments. The queries of the first are the rows of prompt and chosen, of the second those of
-    rejected alone; the keys of the second are the prompt's rows again and then its own:
+    A pair is two segments. The queries of the first are the tokens of prompt and chosen, of the second those of
+    rejected alone; the keys of the second are the prompt's tokens again and then its own:
 
     >>> ids = lambda *values: np.array(values, np.int32)
     >>> pairs = [Pair(ids(1, 2), ids(3, 4), ids(5), "a:1"), Pair(ids(6), ids(7), ids(8, 9), "a:2")]
@@ -294,54 +263,39 @@ def collate(pairs, share_prompt=True):
     >>> pack.first.tolist(), pack.shared.tolist(), pack.second.tolist()
     ([0, 1, 2, 3, 6, 7, 8, 10, 11], [0, 1, 5], [4, 5, 9])
 
-    A response's first token is predicted by the prompt's last row, in both branches:
+    A response's first token is predicted by the prompt's last token, in both branches:
 
     >>> pack.predictors.tolist(), pack.targets.tolist()
     ([1, 2, 1, 5, 5, 7], [3, 4, 5, 7, 8, 9])
 
-    With share_prompt=False the prompt is stored for each response, `keys` is every row, `shared` is empty.
+    With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty.
     """
-    tokens, positions, cu_q, cu_k, keys, first, shared, second, predictors, targets = ([] for _ in range(10))
-    row = key = 0
-    for prompt, chosen, rejected, _ in pairs:
+    tokens, positions, keys, first, shared, second, predictors, targets = ([] for _ in range(8))
+    cu_q, cu_k = [0], [0]
+    for prompt, chosen, rejected in (pair[:3] for pair in pairs):
         P, C, R = len(prompt), len(chosen), len(rejected)
-        own = P if share_prompt else 0  # where the second segment's own rows begin
-        segment_w = np.arange(row, row + P + C)  # [P + C] rows
-        row += P + C
-        segment_l = np.concatenate([segment_w[:own], np.arange(row, row + P + R - own)])  # [P + R] rows
+        own = P if share_prompt else 0  # where the second segment's own tokens begin
+        place, key = cu_q[-1], cu_k[-1]
+        segment_w = np.arange(place, place + P + C)  # [P + C] places
+        place_l, key_l = place + P + C, key + P + C
+        segment_l = np.concatenate([segment_w[:own], np.arange(place_l, place_l + P + R - own)])  # [P + R] places
         tokens += [prompt, chosen, prompt[own:], rejected]
         positions += [np.arange(P + C), np.arange(own, P + R)]
         keys += [segment_w, segment_l]
-        first += [np.arange(key, key + P + C), np.arange(key + P + C + own, key + P + C + P + R)]
+        first += [np.arange(key, key_l), np.arange(key_l + own, key_l + P + R)]
         shared += [segment_w[:own]]
-        second += [np.arange(key + P + C, key + P + C + own)]
+        second += [np.arange(key_l, key_l + own)]
         predictors += [segment_w[P - 1 : -1], segment_l[P - 1 : -1]]
         targets += [chosen, rejected]
-        cu_q += [row, row + P + R - own]
-        cu_k += [key + P + C, key + P + C + P + R]
-        row, key = cu_q[-1], cu_k[-1]
-    cu_q, cu_k = np.array([0] + cu_q, np.int32), np.array([0] + cu_k, np.int32)
-    joined = [
+        cu_q += [place_l, place_l + P + R - own]
+        cu_k += [key_l, key_l + P + R]
+    int64 = [
         torch.from_numpy(np.concatenate(parts).astype(np.int64))
         for parts in (tokens, positions, keys, first, shared, second, predictors, targets)
     ]
-    tokens, positions, keys, first, shared, second, predictors, targets = joined
-    return Pack(
-        tokens,
-        positions,
-        torch.from_numpy(cu_q),
-        torch.from_numpy(cu_k),
-        int(np.diff(cu_q).max()),
-        int(np.diff(cu_k).max()),
-        keys,
-        first,
-        shared,
-        second,
-        predictors,
-        targets,
-        tuple(len(pair.chosen) for pair in pairs),
-        tuple(len(pair.rejected) for pair in pairs),
-    )
+    cu_q, cu_k = (torch.tensor(begins, dtype=torch.int32) for begins in (cu_q, cu_k))
+    lengths = [tuple(len(pair.chosen) for pair in pairs), tuple(len(pair.rejected) for pair in pairs)]
+    return Pack(*int64, cu_q, cu_k, cu_q.diff().max().item(), cu_k.diff().max().item(), *lengths)
 
 
 def deal(lengths, world_size, micro_tokens):

@@ -13,3 +13,11 @@ def brief(text):
     """What strangers wrote, as one printable line of 200 characters at most."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[:1000]).split())
     return line if len(line) <= 200 else line[:197] + "..."
+
+
+def some(names):
+    """The first five of a list in words."""
+    words = [brief(name) for name in list(names)[:5]]
+    if len(names) > 5:
+        words[-1] += f" and {len(names) - 5} more"
+    return ", ".join(words) or "none"

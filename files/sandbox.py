@@ -1,6 +1,6 @@
 """Renders chat templates, which strangers wrote, in a process of its own with limits on memory and time.
 
-renderer.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"},
+template.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"},
 answered by {}; then {"prompt": messages, "replies": [text]}, answered by {"texts": [prompt with generation
 prompt, then the conversation with each reply]}. Else {"row": why} where the template fails on this row,
 {"template": why} where it must not be used at all. Taking too long ends the process by SIGPROF.
@@ -9,6 +9,7 @@ prompt, then the conversation with each reply]}. Else {"row": why} where the tem
 import datetime
 import importlib.metadata
 import json
+import os
 import re
 import resource
 import signal
@@ -28,23 +29,17 @@ class Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
-
-    def body(self, caller):
-        return caller()
+        next(parser.stream)
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True))
 
 
 class Namespace(jinja2.utils.Namespace):
     """namespace() without underscored names, which lead to Python's internals."""
 
-    def __init__(*args, **attributes):
-        self, *args = args
-        attributes = dict(*args, **attributes)
-        jinja2.utils.Namespace.__init__(self)
-        for name, value in attributes.items():
-            self[name] = value
+    def __init__(*args, **attributes):  # not self, which may be the name of an attribute
+        jinja2.utils.Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **attributes).items():
+            args[0][name] = value
 
     def __setitem__(self, name, value):
         if name.startswith("_"):
@@ -52,14 +47,12 @@ class Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
-class Dict:
-    """dict() and dict.fromkeys() without the class behind them."""
+def new_dict(*args, **kwargs):
+    """dict() without the class behind it, whose methods change what is not to be changed."""
+    return dict(*args, **kwargs)
 
-    def __call__(self, *args, **kwargs):
-        return dict(*args, **kwargs)
 
-    def fromkeys(self, *args):
-        return dict.fromkeys(*args)
+new_dict.fromkeys = dict.fromkeys
 
 
 def raise_exception(message):
@@ -77,26 +70,24 @@ def compile_template(source):
     )
     environment.filters["tojson"] = to_json
     environment.globals.update(
-        raise_exception=raise_exception, strftime_now=TODAY.strftime, dict=Dict(), namespace=Namespace
+        raise_exception=raise_exception, strftime_now=TODAY.strftime, dict=new_dict, namespace=Namespace
     )
     return environment.from_string(source)
 
 
 def answer(job, template, tokens):
     """The answer to one job: {"texts"} or {"row"}; what condemns the template is raised."""
-    prompt, limit = job["prompt"], 1_000_000 + 100 * sum(len(m["content"]) for m in job["prompt"])
-    texts = []
+    prompt, texts = job["prompt"], []
+    limit = 1_000_000 + 100 * sum(len(message["content"]) for message in prompt)  # characters
     try:
         for reply in [None, *job["replies"]]:
             messages = prompt if reply is None else [*prompt, {"role": "assistant", "content": reply}]
-            texts.append(
-                template.render(
-                    messages=messages, tools=None, documents=None, add_generation_prompt=reply is None, **tokens
-                )
-            )
-            if len(texts[-1]) > limit + 100 * len(reply or ""):
+            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": reply is None}
+            text = template.render(**given, **tokens)
+            if len(text) > limit + 100 * len(reply or ""):
                 raise MemoryError
-            texts[-1].encode()
+            text.encode()
+            texts.append(text)
     except (MemoryError, jinja2.exceptions.SecurityError):
         raise
     except Exception as error:
@@ -105,35 +96,65 @@ def answer(job, template, tokens):
     return {"texts": texts}
 
 
+def fault(error):
+    """What condemns a template, in words."""
+    if isinstance(error, MemoryError):
+        return "writes too much text or needs more than 1 GiB of memory"
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        return f"reaches for what a template may not: {error}"
+    if isinstance(error, jinja2.exceptions.TemplateSyntaxError):
+        return f"line {error.lineno}: {error.message}"
+    return f"fails: {type(error).__name__}: {error}"
+
+
+def memory():
+    """The most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def watch_memory():
+    """Limits memory where the address space cannot be, as on macOS: looks at it every 10 ms of processor time.
+
+    Python looks between two steps of a template; what one step takes is limited by SECONDS alone.
+    """
+    most = memory() + MEMORY
+
+    def look(*_):
+        if memory() > most:
+            raise MemoryError
+
+    signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.01, 0.01)
+
+
 def main():
-    for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))  # no file grows: whatever got out could write nothing
+    version = importlib.metadata.version("jinja2")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 1, 6):
+        sys.exit(f"jinja2 {version} has a leaky sandbox; pip install -U 'jinja2>=3.1.6'")
+    os.set_blocking(2, False)  # a complaint longer than the pipe is cut: it is read when the process has ended
+    # No file grows: whatever got out could write nothing.
+    for limit, value in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, MEMORY)):
+        try:
+            resource.setrlimit(limit, (value, value))
+        except (ValueError, OSError):
+            if limit == resource.RLIMIT_AS:
+                watch_memory()
     template = tokens = None
     for line in sys.stdin.buffer:
-        job = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
+            job = json.loads(line)
             if template is None:
-                template, tokens, reply = compile_template(job["template"]), job["tokens"], {}
+                template, tokens = compile_template(job["template"]), job["tokens"]
+                reply = json.dumps({})
             else:
-                reply = answer(job, template, tokens)
-            reply = json.dumps(reply).encode()
-        except jinja2.exceptions.SecurityError as error:
-            reply = json.dumps({"template": f"reaches for what a template may not: {error}"}).encode()
-        except jinja2.exceptions.TemplateSyntaxError as error:
-            reply = json.dumps({"template": f"line {error.lineno}: {error.message}"}).encode()
-        except MemoryError:
-            reply = b'{"template": "writes too much text or needs more than 1 GiB of memory"}'
+                reply = json.dumps(answer(job, template, tokens))
         except Exception as error:
-            reply = json.dumps({"template": f"fails: {type(error).__name__}: {error}"}).encode()
+            reply = json.dumps({"template": fault(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(reply + b"\n")
-        sys.stdout.buffer.flush()
+        sys.stdout.write(reply + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    version = importlib.metadata.version("jinja2")
-    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 1, 6):
-        print(json.dumps({"template": f"jinja2 {version} has a leaky sandbox; pip install -U jinja2"}))
-    else:
-        main()
+    main()

@@ -10,8 +10,8 @@ import numpy as np
 import tokenizers
 
 from files.errors import BadInput, BadRow, brief
-from files.renderer import Renderer
 from files.rows import open_file, read_object
+from files.template import ChatTemplate
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -45,8 +45,8 @@ class ChatTokenizer:
     def end_ids(self):
         """The ids that end the assistant's turn: the template's end-of-turn token, and eos."""
         prompt, reply = [{"role": "user", "content": "Hi"}], "Hello"
-        with Renderer(self) as renderer:
-            _, end = self.scored(*renderer.render(prompt, [reply]), reply)
+        with ChatTemplate(self) as template:
+            _, end = self.scored(*template.render(prompt, [reply]), reply)
         return {end, self.vocabulary.get(self.tokens.get("eos_token"), end)}
 
     def decode(self, ids):
@@ -56,7 +56,9 @@ class ChatTokenizer:
     def pieces(self, ids):
         """The text that each token adds; of tokens that share a character the last has it, the others ''."""
         anchor = self.encode(["x"])[0][-1:]  # keeps a first space from being cut
-        known, texts, start = len(self.decode(anchor)), [], 0
+        known = len(self.decode(anchor))
+        texts = []
+        start = 0  # the first token whose character is not complete
         for end in range(1, len(ids) + 1):
             text = self.decode([*anchor, *ids[start:end]])[known:]
             if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
@@ -68,48 +70,38 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages):
         """The ids that inference feeds: transformers' apply_chat_template(…, add_generation_prompt=True)."""
-        with Renderer(self) as renderer:
-            return self.encode(renderer.render(messages))[0]
+        with ChatTemplate(self) as template:
+            return self.encode(template.render(messages))[0]
 
-    def scored(self, prompt, full, reply):
-        """The text after the prompt that is scored, and the id that ends it. Raises BadRow.
+    def scored(self, prompt, dialogue, reply):
+        """What a reply is trained on: (the text after the prompt that is scored, the id that ends it). Raises BadRow.
 
-        The template writes [lead][reply][tail][end token][rest] after the prompt. Scored are lead, reply and
+        The template writes the dialogue as [prompt][lead][reply][tail][end token][rest]. Scored are lead, reply and
         end token (eos where the template has none). Blanks that the template adds as a tail are not: at
         inference the turn ends right behind the reply.
         """
-        if not prompt or not full.startswith(prompt):
-            raise BadRow(
-                "chat template changes the prompt: with a response, the conversation does not begin "
-                f"with the text that inference feeds ({self.template_name})"
-            )
-        after, core = full[len(prompt) :], reply.strip()
+        after = dialogue[len(prompt) :]
+        core = reply.strip()
         end = self.control.search(after)
-        body = after[: end.start()] if end else after
+        end_id = self.vocabulary.get(end[0] if end else self.tokens.get("eos_token"))
+        body = after[: end.start()] if end else after  # [lead][reply][tail]
         lead = len(body) - len(body.lstrip())
-        if not body.startswith(core, lead):
-            raise BadRow(
-                "chat template "
-                + (
-                    f"writes no generation prompt: {brief(after[: after.find(core)])!r} stands before the response"
-                    if core in after
-                    else "drops or changes the response: it is not what follows the prompt"
-                )
-                + f" ({self.template_name})"
-            )
-        tail, own = body[lead + len(core) :], reply[len(reply.rstrip()) :]
-        if tail.strip():
-            raise BadRow(
-                f"chat template ends the turn with text: {brief(tail)!r} is no control token of the "
-                f"tokenizer ({self.template_name})"
-            )
-        end = self.vocabulary.get(end[0] if end else self.tokens.get("eos_token"))
-        if end is None:
-            raise BadRow(
-                "chat template ends no turn: no control token stands behind the response, and the "
-                f"tokenizer has no eos_token ({self.template_name})"
-            )
-        return body[: lead + len(core)] + (own if tail.startswith(own) else ""), end
+        text, tail = body[: lead + len(core)], body[lead + len(core) :]
+        if not prompt or not dialogue.startswith(prompt):
+            fault = "changes the prompt: with a response, the conversation does not begin with what inference feeds"
+        elif text[lead:] != core and core in after:
+            found = brief(after[: after.find(core)])
+            fault = f"writes no generation prompt: {found!r} stands before the response"
+        elif text[lead:] != core:
+            fault = "drops or changes the response: it is not what follows the prompt"
+        elif tail.strip():
+            fault = f"ends the turn with text: {brief(tail)!r} is no control token of the tokenizer"
+        elif end_id is None:
+            fault = "ends no turn: no control token stands behind the response, and the tokenizer has no eos_token"
+        else:
+            blanks = reply[len(reply.rstrip()) :]  # the reply's own, which some templates keep
+            return (text + blanks if tail.startswith(blanks) else text), end_id
+        raise BadRow(f"chat template {fault} ({self.template_name})")
 
     def encode(self, texts):
         """Token ids of each text, [list of ids], without a BOS of the tokenizer's own. Raises BadInput."""
@@ -121,27 +113,21 @@ class ChatTokenizer:
             raise BadInput(f"{self.directory}: its tokenizer.json cannot encode: {brief(error)}") from None
         return [encoding.ids for encoding in encodings]
 
-    def encode_after(self, prompts, texts):
-        """Ids of texts that follow prompts: [(ids of the prompt, [ids of each text], texts encoded apart)].
+    def encode_after(self, prompt, replies):
+        """Token ids of a prompt and of replies behind it, and how many were encoded apart: (ids, [ids], int).
 
-        prompts: B strings; texts: B lists of strings. Both are encoded jointly; where a token reaches across
-        the boundary the prompt keeps its own ids, and the text is encoded as if it followed something else.
+        Prompt and reply are encoded as one text. Where a token then reaches across the boundary, the prompt keeps
+        the ids that inference feeds, and the reply is encoded as if it followed other text.
         """
-        prompt_ids, starts, wholes = self.encode(prompts), [], []
-        for prompt, ids, both in zip(prompts, prompt_ids, texts):
-            last = max(np.flatnonzero(self.is_control[ids]), default=0)  # a control token splits the text
-            start = prompt.rfind(self.backend.id_to_token(ids[last])) if self.is_control[ids[last]] else 0
-            starts.append((last, start) if start > 0 else (0, 0))
-            wholes += [prompt[max(start, 0) :] + text for text in both]
-        joint, results = iter(self.encode(wholes)), []
-        for ids, (last, _), both in zip(prompt_ids, starts, texts):
-            known, responses, apart = ids[last:], [], 0
-            for text, tokens in zip(both, joint):
-                agree = tokens[: len(known)] == known
-                responses.append(tokens[len(known) :] if agree else self.continuation(text))
-                apart += not agree
-            results.append((ids, responses, apart))
-        return results
+        ids, *joint = self.encode([prompt, *(prompt + reply for reply in replies)])
+        responses, apart = [], 0
+        for both, reply in zip(joint, replies):
+            if both[: len(ids)] == ids:
+                responses.append(both[len(ids) :])
+            else:
+                responses.append(self.continuation(reply))
+                apart += 1
+        return ids, responses, apart
 
     def continuation(self, text):
         """Token ids of text in the middle of other text: no BOS and no dummy space stands before it."""
@@ -169,8 +155,26 @@ def load_tokenizer(directory, chat_template=None):
         raise BadInput(f"{directory / 'tokenizer.json'}: has no pieces, or ids beyond 16 million")
     backend.no_truncation()
     backend.no_padding()
+    tokens, template = named_tokens(directory)
     name = directory / "tokenizer_config.json"
-    config, older, tokens = read_object(name), read_object(directory / "special_tokens_map.json"), {}
+    file = Path(chat_template or directory / "chat_template.jinja")
+    if chat_template or file.exists():
+        with open_file(file) as opened:
+            try:
+                template, name = opened.read().decode("utf-8-sig"), file
+            except UnicodeDecodeError:
+                raise BadInput(f"{file}: is no chat template: not UTF-8") from None
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    plain = [token for token in tokens.values() if token in vocabulary and token not in added]
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
+    return ChatTokenizer(directory, backend, tokens, template, name)
+
+
+def named_tokens(directory):
+    """What tokenizer_config.json says: {kind: token}, and the default chat template or None."""
+    name = directory / "tokenizer_config.json"
+    config, older = read_object(name), read_object(directory / "special_tokens_map.json")
+    tokens = {}
     for kind in TOKENS:
         token = older.get(kind) if config.get(kind) is None else config[kind]
         token = token.get("content") if isinstance(token, dict) else token
@@ -188,17 +192,7 @@ def load_tokenizer(directory, chat_template=None):
             text.encode()
     except (AttributeError, UnicodeEncodeError):
         raise BadInput(f"{name}: its named tokens and chat template must be text") from None
-    file = Path(chat_template or directory / "chat_template.jinja")
-    if chat_template or file.exists():
-        with open_file(file) as opened:
-            try:
-                template, name = opened.read().decode("utf-8-sig"), file
-            except UnicodeDecodeError:
-                raise BadInput(f"{file}: is no chat template: not UTF-8") from None
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    plain = [token for token in tokens.values() if token in vocabulary and token not in added]
-    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
-    return ChatTokenizer(directory, backend, tokens, template, name)
+    return tokens, template
 
 
 def same_vocabulary(a, b):
@@ -206,9 +200,8 @@ def same_vocabulary(a, b):
     pieces_a, pieces_b = ({i: piece for piece, i in tokenizer.vocabulary.items()} for tokenizer in (a, b))
     other = [i for i in sorted(pieces_a.keys() | pieces_b.keys()) if pieces_a.get(i) != pieces_b.get(i)]
     if other:
-        piece_a, piece_b = pieces_a.get(other[0]), pieces_b.get(other[0])
+        first_a, first_b = (brief(repr(pieces.get(other[0]))) for pieces in (pieces_a, pieces_b))
         raise BadInput(
-            f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean "
-            f"other pieces, the first {other[0]}, {piece_b!r} against {piece_a!r}; a guide must "
-            "share the policy's tokenizer"
+            f"{b.directory}: its tokenizer is not that of {a.directory}: {len(other)} ids mean other pieces, "
+            f"the first {other[0]}, {first_b} against {first_a}; a guide must share the policy's tokenizer"
         )

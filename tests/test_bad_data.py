@@ -13,7 +13,7 @@ from tiny_tokenizers import LLAMA3, PLAIN, llama3, row, write_rows
 
 import data
 from files.errors import BadInput
-from files.renderer import Renderer
+from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer
 
 
@@ -369,11 +369,11 @@ def test_a_template_without_end_token_needs_eos(tmp_path):
     assert "a.jsonl:1: chat template ends no turn: no control token stands behind the response" in said
 
 
-def test_no_renderer_outlives_its_work(tmp_path, tokenizer):
-    with Renderer(tokenizer) as renderer:
-        assert renderer.render([message()])
-    assert renderer.process.returncode is not None
-    refused = Renderer(load_tokenizer(llama3(tmp_path, "{% for %}")))
+def test_no_template_outlives_its_work(tmp_path, tokenizer):
+    with ChatTemplate(tokenizer) as template:
+        assert template.render([message()])
+    assert template.process.returncode is not None
+    refused = ChatTemplate(load_tokenizer(llama3(tmp_path, "{% for %}")))
     with pytest.raises(BadInput):
         refused.__enter__()
     assert refused.process.returncode is not None

@@ -20,7 +20,7 @@ from tiny_tokenizers import (
 
 import data
 from files.errors import BadInput
-from files.renderer import Renderer
+from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer, same_vocabulary
 
 INST = ("[INST]", "[/INST]")
@@ -166,8 +166,8 @@ def test_template_language_is_that_of_transformers(template, text, tmp_path):
 
     directory = llama3(tmp_path / "model", template)
     messages = [{"role": "user", "content": "x<y"}]
-    with Renderer(load_tokenizer(directory)) as renderer:
-        assert renderer.render(messages) == [text]
+    with ChatTemplate(load_tokenizer(directory)) as template:
+        assert template.render(messages) == [text]
     config = json.loads((directory / "tokenizer_config.json").read_text())
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), **config)
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == text

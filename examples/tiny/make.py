@@ -23,7 +23,7 @@ import model
 from examples.tiny import language
 from examples.tiny.sample import sample
 from files.export import save_model
-from files.renderer import Renderer
+from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -104,8 +104,8 @@ class Speaker:
     def __init__(self, directory):
         tokenizer = self.tokenizer = load_tokenizer(str(directory))
         questions = [question for question, _ in language.questions()]
-        with Renderer(tokenizer) as renderer:
-            texts = [renderer.render([{"role": "user", "content": question}])[0] for question in questions]
+        with ChatTemplate(tokenizer) as template:
+            texts = [template.render([{"role": "user", "content": question}])[0] for question in questions]
         self.prompts = dict(zip(questions, tokenizer.encode(texts)))  # question -> ids
 
     def replies(self, texts):

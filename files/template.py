@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from files.errors import BadInput, BadRow, brief
@@ -11,19 +12,20 @@ from files.errors import BadInput, BadRow, brief
 SANDBOX = Path(__file__).with_name("sandbox.py")
 
 
-class Renderer:
-    """Renders with a tokenizer's chat template, in a `with` statement, within which its process lives."""
+class ChatTemplate:
+    """A tokenizer's chat template, used in a `with` statement, within which its process lives."""
 
     def __init__(self, tokenizer):
         if tokenizer.template is None:
             raise BadInput(f"{tokenizer.directory}: has no chat template; --chat-template FILE gives one")
         self.name = tokenizer.template_name
         self.header = {"template": tokenizer.template, "tokens": tokenizer.tokens}
+        self.lock = threading.Lock()  # one job at a time
 
     def __enter__(self):
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        command = [sys.executable, "-P", str(SANDBOX)]  # in its own session: Ctrl-C is for the trainer
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-P", "-W", "ignore", str(SANDBOX)]  # in its own session: Ctrl-C is for the trainer
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         try:
             self.ask(self.header)
         except BaseException:
@@ -36,20 +38,23 @@ class Renderer:
         self.process.communicate()
 
     def ask(self, job):
-        """Sends one object and returns the answer; BadInput where the template must not be used."""
+        """Sends one object and returns the answer; BadInput where the template or its process fails."""
         try:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline() or "null")
+            line = self.process.stdout.readline()
         except BrokenPipeError:
-            answer = None
-        if answer is None:
-            status = self.process.wait()
-            answer = {
-                "template": "takes too long for one row"
-                if status == -signal.SIGPROF
-                else f"needs too much memory, or broke its process in another way (status {status})"
-            }
+            line = b""
+        if line.endswith(b"\n"):
+            answer = json.loads(line)
+        elif (status := self.process.wait()) == -signal.SIGPROF:
+            answer = {"template": "takes too long for one row"}
+        else:
+            said = self.process.stderr.read().decode(errors="replace").strip() or "memory may be short"
+            raise BadInput(
+                f"{self.name}: the process that renders the chat template ended with status {status}: "
+                + brief(said.splitlines()[-1])
+            )
         if "template" in answer:
             raise BadInput(
                 f"{self.name}: the chat template cannot be used: {brief(answer['template'])}; "
@@ -59,7 +64,8 @@ class Renderer:
 
     def render(self, prompt, replies=()):
         """The text of the prompt with the generation prompt, then of the conversation with each reply."""
-        answer = self.ask({"prompt": prompt, "replies": replies})
+        with self.lock:
+            answer = self.ask({"prompt": prompt, "replies": replies})
         if "row" in answer:
             raise BadRow(f"refused by the chat template: {brief(answer['row'])} ({self.name})")
         return answer["texts"]
