@@ -12,7 +12,7 @@ CPU_TOKENS = 4096  # tokens of a micro-batch on CPU: fixed, so that another mach
 CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
-CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_rows' budgets
+CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_tokens' budgets
 GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
 TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 

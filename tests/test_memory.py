@@ -51,9 +51,9 @@ LLAMA_1B = LLAMA_8B | {
 def test_the_plan_counts_the_logits_that_are_made():
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
         assert (
-            model.chunk_rows(128256, device) * 128256 * 4
+            model.chunk_tokens(128256, device) * 128256 * 4
             <= planned
-            < (model.chunk_rows(128256, device) + 1) * 128256 * 4
+            < (model.chunk_tokens(128256, device) + 1) * 128256 * 4
         )
 
 

@@ -21,7 +21,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 from examples.tiny import language
-from examples.tiny.sample import sample
 from files.export import save_model
 from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer
@@ -157,7 +156,7 @@ def preference_pairs(network, speaker, questions, rng, batch=256):
     for start in range(0, len(questions), batch):
         asked = questions[start : start + batch]
         twice = [speaker.prompts[question] for question in asked for _ in range(2)]
-        texts = speaker.texts(sample(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
+        texts = speaker.texts(model.generate(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
         for question, first, second in zip(asked, texts[::2], texts[1::2]):
             if first is None or second is None or first == second:
                 continue
