@@ -335,6 +335,20 @@ def epoch_order(count, seed, epoch):
     return np.random.RandomState(stream).permutation(count)  # numpy never changes RandomState's draws
 
 
+def held_back(pairs, share, seed):
+    """-> the pairs to train on, and this share of them to evaluate on: at least one of each, drawn by the seed."""
+    if not share:
+        return pairs, []
+    if len(pairs) == 1:
+        raise BadInput(
+            f"--eval-fraction {share}: there is only one pair, which is needed to train on; leave it out, or give "
+            "--eval-data"
+        )
+    kept = min(max(1, round(len(pairs) * (1 - share))), len(pairs) - 1)
+    mixed = [pairs[i] for i in epoch_order(len(pairs), seed, 0)]
+    return mixed[:kept], mixed[kept:]
+
+
 def fingerprint(pairs):
     """SHA-256 over all token ids and lengths, in hexadecimal: equal for equal pairs in equal order."""
     digest = hashlib.sha256()

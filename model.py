@@ -1,30 +1,33 @@
-"""The transformer of Llama and Mistral, and Hugging Face checkpoints in and out.
+"""The transformer of Llama and Mistral: configuration, blocks, packed attention, token log-probs, sampling.
 
     model = load_model("path/to/checkpoint")            # config.json and *.safetensors
     logits = model(tokens)                              # [B, T] right-padded ids -> [B, T, V]
-    logp = model(pack.tokens, pack)                     # a row of packed pairs -> log p [R] of its response tokens
+    logp = model(pack.tokens, pack)                     # packed pairs -> log p [R] of their response tokens
+    replies = generate(model, prompts, 64, stop={end})  # lists of ids -> lists of ids
 
 Parameter names are the checkpoint's names, so loading is a copy. The model knows nothing of pairs, losses or
 process groups: sharding is applied from outside, and a pack is any named tuple with the fields of data.Pack.
 
-Letters: B rows, T tokens of a row, N tokens of a packed row (B = 1), S segments, M keys of all segments,
-R response tokens, C model size, H heads, K key-value heads, D head size, V vocabulary.
+Letters: B sequences, T tokens of a sequence, N tokens of a pack (B = 1), M keys of all its segments, n queries and
+m keys of one attention, R response tokens, C model size, H heads, K key-value heads, D head size, V vocabulary.
 """
 
+import functools
 import math
 import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import varlen
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from files.errors import BadInput
-from files.weights import PIECE, open_tensors, read_json, tensor_files
+from files import config as config_file
+from files import weights
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -47,105 +50,31 @@ class Config:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    sliding_window: int | None  # Mistral v0.1: a token sees this many keys, itself among them
+    sliding_window: int | None  # a token sees this many keys, itself among them
 
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+# An architecture's name in config.json -> the fields of Config that it fixes; the others are read from config.json.
+ARCHITECTURES = {
+    "LlamaForCausalLM": {"sliding_window": None},
+    "MistralForCausalLM": {},  # v0.1 has a window
 }
 
 
-def read_config(directory):
-    """Read DIRECTORY/config.json -> Config. Both spellings of RoPE are read: `rope_theta` + `rope_scaling`, and
-    transformers 5's `rope_parameters`. Raises BadInput for what this model does not compute."""
+def read_config(directory: str | os.PathLike) -> Config:
+    """Read DIRECTORY/config.json. Raises BadInput for what this model does not compute."""
     path = os.path.join(directory, "config.json")
-    return parse_config(read_json(path), path)
+    return parse_config(weights.read_json(path), path)
 
 
-def parse_config(raw, path="config.json"):
-    """A config.json's object -> Config; `path` names it in errors."""
-
-    def bad(what):
-        return BadInput(f"{path}: {what}")
-
-    def number(name, default=None, kind=int, source=raw):
-        value = source.get(name)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise bad(f"the field {name} is missing")
-        fits = isinstance(value, int) if kind is int else isinstance(value, (int, float))
-        if not fits or isinstance(value, bool) or not (0 < value < (1 << 31 if kind is int else math.inf)):
-            raise bad(f"{name} is {value!r:.60}, where a positive {'whole ' if kind is int else ''}number is expected")
-        return value
-
-    def flag(name):
-        value = raw.get(name)
-        if value not in (None, True, False):
-            raise bad(f"{name} is {value!r:.60}, where true or false is expected")
-        return bool(value)
-
-    names = raw.get("architectures")
-    if not (isinstance(names, list) and names and names[0] in ARCHITECTURES):
-        raise bad(f"the architecture {names!r:.80} is not supported; supported are {' and '.join(ARCHITECTURES)}")
-    if raw.get("quantization_config") is not None:
-        raise bad("the checkpoint is quantised, which is not supported; use the original float weights")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise bad(f"hidden_act is {raw['hidden_act']!r:.60}; only silu is supported")
-
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise bad("rope_parameters or rope_scaling is no object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(rope_type, str) or rope_type not in ROPE_NUMBERS:
-        raise bad(f"the rope type {rope_type!r:.60} is not supported; supported are {', '.join(ROPE_NUMBERS)}")
-    if (raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise bad("partial_rotary_factor other than 1 is not supported")
-    theta = number("rope_theta", 10000.0, float, rope if rope.get("rope_theta") is not None else raw)
-    scaling = {"rope_type": rope_type} | {n: number(n, kind=float, source=rope) for n in ROPE_NUMBERS[rope_type]}
-    if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise bad("high_freq_factor must be greater than low_freq_factor")
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    if number("num_hidden_layers") > 1000:
-        raise bad(f"num_hidden_layers is {raw['num_hidden_layers']}, more than any model has")
-    kv_heads = number("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise bad(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    if raw.get("head_dim") is None and hidden % heads:
-        raise bad(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing")
-    head_dim = number("head_dim", hidden // heads)
-    if head_dim % 2:
-        raise bad(f"head_dim is {head_dim}; RoPE turns pairs, so it must be even")
-    window = None
-    if names[0] == "MistralForCausalLM" and raw.get("sliding_window", 4096) is not None:
-        window = number("sliding_window", 4096)
-    return Config(
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=number("max_position_embeddings", 2048),
-        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=flag("tie_word_embeddings"),
-        attention_bias=flag("attention_bias"),
-        mlp_bias=flag("mlp_bias"),
-        sliding_window=window,
-    )
+def parse_config(raw: dict, path: str = "config.json") -> Config:
+    """A config.json's object -> Config; `path` names it in errors. Raises BadInput."""
+    return Config(**config_file.read_fields(raw, path, ARCHITECTURES))
 
 
 # ------------------------------------------------------------------------------------------------ transformer
 
 
-def rope_frequencies(config, device=None):
+def rope_frequencies(config: Config, device: torch.device | None = None) -> Tensor:
     """RoPE's angle per position for each of the D/2 pairs, float32 [D/2] (Su et al. 2021). `linear` divides all by
     the factor; `llama3` divides the slow ones, keeps the fast ones and blends between (Llama 3.1)."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
@@ -161,29 +90,29 @@ def rope_frequencies(config, device=None):
     return inv_freq
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (i, i + D/2) of x [B, T, H, D] by its angle; cos, sin [T, D/2] in float32."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + D/2) of x [B, T, H, D] by its angle; cos, sin [T, D/2] or [B, T, D/2], float32."""
     x1, x2 = x.float().chunk(2, dim=-1)  # [B, T, H, D/2] each
-    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D/2]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [T, 1, D/2] or [B, T, 1, D/2]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)  # [B, T, H, D]
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, the mean and the root in float32."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
 
 
 class _GatherKeys(torch.autograd.Function):
-    """x[keys] for the keys of all segments. A prompt's row stands twice among them; its gradient is the sum of two
-    rows, taken by two gathers and an add, which is exact and the same on every run (index_add is neither in bf16)."""
+    """x[keys] for the keys of all segments. A prompt's tokens stand twice among them; their gradient is the sum of
+    two, taken by two gathers and an add, which is exact and the same on every run (index_add is neither in bf16)."""
 
     @staticmethod
     def forward(ctx, x, keys, first, shared, second):
@@ -193,53 +122,50 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         first, shared, second = ctx.saved_tensors
-        total = grad[first]  # [N, K, D]
+        total = grad[first]  # [M, K, D] -> [N, K, D]
         total[shared] = total[shared] + grad[second]
         return total, None, None, None, None
 
 
-def causal_mask(queries, keys, window, device=None):
-    """True where a query sees a key, [queries, keys]: causal, aligned at the bottom right, as the queries are the
-    last of the keys; with a window the last `window` keys only."""
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask if window is None else mask.triu(keys - queries - window + 1)
-
-
-def packed_attention(q, k, v, pack, window=None):
-    """Attention of a packed row: q [N, H, D], k and v [N, K, D] -> [N, H, D].
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, pack, window: int | None = None) -> Tensor:
+    """Attention of a pack: q [N, H, D], k and v [N, K, D] -> [N, H, D].
 
     Each pair has two segments: prompt and chosen over themselves, rejected over prompt and rejected. On CUDA in half
-    precision one variable-length kernel does all segments, elsewhere a loop does one after another."""
+    precision one kernel does all segments, elsewhere a loop does one after another."""
     k, v = (_GatherKeys.apply(x, pack.keys, pack.first, pack.shared, pack.second) for x in (k, v))  # [M, K, D]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        gqa = {}
-        if "enable_gqa" in signature(varlen.varlen_attn).parameters:  # torch 2.12 on
-            gqa = {"enable_gqa": q.shape[1] != k.shape[1]}
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [M, H, D]
-        sees = (-1 if window is None else window - 1, 0)
-        return varlen.varlen_attn(q, k, v, pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, window_size=sees, **gqa)
+        return _cuda_segments(q, k, v, pack, window)
     lengths_q, lengths_k = pack.cu_q.diff().tolist(), pack.cu_k.diff().tolist()
     out = []
     for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
-        out.append(attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), window)[0].transpose(0, 1))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or K, n or m, D]
+        out.append(attention(q, k, v, window)[0].transpose(0, 1))  # [n, H, D]
     return torch.cat(out)  # [N, H, D]
 
 
-def attention(q, k, v, window=None):
-    """Causal attention: q [B, H, n, D], k and v [B, K, m, D] with n <= m -> [B, H, n, D]. The queries are the last
-    n of the m positions."""
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, positions: Tensor | None = None) -> Tensor:
+    """Causal attention: q [B, H, n, D], k and v [B, K, m, D] -> [B, H, n, D]. The queries stand at `positions` [B, n]
+    of the m keys; where none are given, they are the last n."""
     n, m = q.shape[2], k.shape[2]
-    if n == m and (window is None or window >= m):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    mask = causal_mask(n, m, window, q.device)
+    if positions is None:
+        if n == m and (window is None or window >= m):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        positions = torch.arange(m - n, m, device=q.device)[None]  # [1, n]
+    mask = causal_mask(positions, m, window)[:, None]  # [B or 1, 1, n, m]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def causal_mask(positions: Tensor, m: int, window: int | None = None) -> Tensor:
+    """True where a query at one of `positions` [B, n] sees one of m keys, [B, n, m]: those up to its own, with a
+    window the last `window` of them."""
+    keys, positions = torch.arange(m, device=positions.device), positions[..., None]  # [m], [B, n, 1]
+    return keys <= positions if window is None else (keys <= positions) & (keys > positions - window)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         C, H, K, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.heads, self.kv_heads, self.window = H, K, config.sliding_window
@@ -248,38 +174,39 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x, cos, sin, pack):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pack, cache) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.heads, -1), cos, sin)  # [B, T, H, D]
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), cos, sin)  # [B, T, K, D]
         v = self.v_proj(x).view(B, T, self.kv_heads, -1)  # [B, T, K, D]
-        if pack is None:
-            q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # [B, H or K, T, D]
-            y = attention(q, k, v, self.window).transpose(1, 2)  # [B, T, H, D]
-        else:
+        if pack is not None:
             y = packed_attention(q[0], k[0], v[0], pack, self.window)  # [N, H, D], B = 1
+        else:
+            q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # [B, H or K, T, D]
+            k, v, positions = (k, v, None) if cache is None else remember(k, v, *cache)
+            y = attention(q, k, v, self.window, positions).transpose(1, 2)  # [B, T, H, D]
         return self.o_proj(y.reshape(B, T, -1))  # [B, T, C]
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias)
         self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, C]
 
 
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)). With `recompute` its activations are not kept but
     computed again in the backward pass."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -287,20 +214,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = False
 
-    def forward(self, x, cos, sin, pack):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pack, cache) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.layer, x, cos, sin, pack, use_reentrant=False)
-        return self.layer(x, cos, sin, pack)
+            return checkpoint(self.layer, x, cos, sin, pack, cache, use_reentrant=False)
+        return self.layer(x, cos, sin, pack, cache)
 
-    def layer(self, x, cos, sin, pack):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack)
+    def layer(self, x: Tensor, cos: Tensor, sin: Tensor, pack, cache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, C]
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm: the part of the checkpoint whose names begin with `model.`."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -308,9 +235,9 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A Llama or a Mistral with its head. `config` is a Config; parameters are made on the current device."""
+    """The transformer with its head. Parameters are made on the current device."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
@@ -320,29 +247,37 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
-    def head(self):
+    def head(self) -> Tensor:
         """The head's weight [V, C]: the embedding itself where the two are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens, pack=None, last=None):
-        """tokens [B, T] right-padded ids -> logits [B, T, V]; with `last` [B] -> logits [B, V] of that position of
-        each row. With a pack (data.Pack), tokens is its row [N] -> log p [R] of the response tokens, float32."""
-        positions = torch.arange(tokens.shape[-1], device=tokens.device) if pack is None else pack.positions
-        angles = positions[:, None].float() * rope_frequencies(self.config, tokens.device)  # [T, D/2]
+    def forward(self, tokens: Tensor, pack=None, cache: "Cache | None" = None) -> Tensor:
+        """tokens [B, T] right-padded ids -> logits [B, T, V]. With a pack (data.Pack), tokens is its [N] -> log p [R]
+        of the response tokens, float32. With a Cache, tokens [B, T] are the prompts, and then [B, 1] the next token
+        of each -> logits [B, V] after the last token of each."""
+        if pack is not None:
+            tokens, positions = tokens[None], pack.positions  # [1, N], [N]
+        elif cache is not None and tokens.shape[1] == 1:
+            positions = cache.last.to(tokens.device)[:, None]  # [B, 1]
+        else:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
+        angles = positions[..., None].float() * rope_frequencies(self.config, tokens.device)  # [T, D/2] or [B, 1, D/2]
         cos, sin = angles.cos(), angles.sin()
-        x = self.model.embed_tokens(tokens if pack is None else tokens[None])  # [B, T, C]
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, pack)
+        x = self.model.embed_tokens(tokens)  # [B, T, C]
+        kept = [None] * len(self.model.layers) if cache is None else cache.of_layers(self.config, x)
+        for layer, keys_and_values in zip(self.model.layers, kept):
+            x = layer(x, cos, sin, pack, keys_and_values)
         x = self.model.norm(x)
         if pack is not None:
             hidden = x[0].index_select(0, pack.predictors)  # [R, C]
             return token_log_probs(hidden, self.head, pack.targets, self.compiled)  # [R]
-        if last is not None:
+        if cache is not None:
+            last = cache.last.to(x.device).clamp(max=x.shape[1] - 1)  # of the prompts, or the only one
             x = x[torch.arange(len(x), device=x.device), last]  # [B, C]
         return F.linear(x, self.head)
 
 
-def random_model(config, seed=0, std=0.02):
+def random_model(config: Config, seed: int = 0, std: float = 0.02) -> CausalLM:
     """A CausalLM with weights drawn from N(0, std²), norms at 1 and biases at 0: a start for pretraining and tests."""
     model = CausalLM(config)
     generator = torch.Generator().manual_seed(seed)
@@ -358,102 +293,52 @@ def random_model(config, seed=0, std=0.02):
 # -------------------------------------------------------------------------------------- token log-probabilities
 
 
-def chunk_rows(vocab_size, device_type):
-    """How many rows of float32 logits are alive at once: those that fit the budget, 1 GiB on CUDA and 32 MiB on CPU."""
+def chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """How many tokens' float32 logits are alive at once: what fits the budget, 1 GiB on CUDA and 32 MiB on CPU."""
     budget = (1 << 30) if device_type == "cuda" else (32 << 20)
     return max(16, budget // (4 * vocab_size))
 
 
-def token_log_probs_plain(hidden, weight, targets):
-    """log softmax(hidden · weightᵀ)[target], the obvious way: hidden [R, C], weight [V, C], targets [R] -> [R].
-    It holds all logits [R, V]; the tests compare token_log_probs with it."""
-    return F.linear(hidden, weight).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-
-def token_log_probs(hidden, weight, targets, compiled=False):
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
     """log softmax(hidden · weightᵀ)[target]: hidden [R, C], weight [V, C], targets [R] -> [R] in float32 (float64 for
-    float64 input). Logits are float32 and live for one chunk of rows; the backward pass computes them again, but for
+    float64 input). Logits are float32 and live for one chunk of tokens; the backward pass computes them again, but for
     the last chunk's, which are kept for it. Any R, 0 among them: the result is connected to hidden and weight, so that
     every rank runs the same collectives. compiled: torch.compile makes one kernel of each pass over the logits."""
-    return _TokenLogProbs.apply(hidden, weight, targets, chunk_rows(weight.shape[0], weight.device.type), compiled)
-
-
-def _wide_matmul(a, b):
-    """a @ b in float32, whatever their type. CUDA's matrix product writes float32 itself; elsewhere it is cast."""
-    if a.is_cuda and a.dtype != torch.float32 and a.dtype != torch.float64:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    product = a @ b
-    return product if product.dtype == torch.float64 else product.float()
-
-
-def _add_product(total, a, b):
-    """total += a @ b where total is of a wide type, without the product as a tensor of its own."""
-    if a.is_cuda and a.dtype != total.dtype:
-        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def _log_normaliser(logits):
-    return logits.logsumexp(-1)
-
-
-def _in_parts(function, logits):
-    """function(logits) in sixteenths of the rows, as what it makes on the way is as large as what it is given."""
-    return torch.cat([function(part) for part in logits.split(-(-len(logits) // 16))])
-
-
-def _scaled_softmax(logits, norm, scale, dtype):
-    return ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
-
-
-@cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
+    return _TokenLogProbs.apply(hidden, weight, targets, chunk_tokens(weight.shape[0], weight.device.type), compiled)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """With p = softmax(logits) and g the gradient of log p[target]: d/dlogits = g · (one-hot(target) − p)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows, compiled=False):
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp = torch.empty(len(targets), dtype=wide, device=hidden.device)
+    def forward(ctx, hidden, weight, targets, most, compiled=False):
+        ctx.chunks, (log_normaliser, ctx.scaled_softmax) = _equal_slices(len(targets), most), _passes(compiled)
+        logp = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))  # [R]
         norm = torch.empty_like(logp)  # log of the softmax's denominator
-        ctx.slices, ctx.compiled, logits = _equal_slices(len(targets), rows), compiled, None
-        for rows in ctx.slices:
-            logits = _wide_matmul(hidden[rows], weight.t())  # [r, V]
-            norm[rows] = _compiled(_log_normaliser)(logits) if compiled else _in_parts(_log_normaliser, logits)
-            logp[rows] = logits.gather(1, targets[rows, None])[:, 0] - norm[rows]
-        ctx.last = logits  # the backward pass begins with it, and would need the memory for it anyway
+        ctx.last = None  # the last chunk's logits
+        for c in ctx.chunks:
+            ctx.last = _product(hidden[c], weight.t())  # [r, V]
+            norm[c] = log_normaliser(ctx.last)
+            logp[c] = ctx.last.gather(1, targets[c, None])[:, 0] - norm[c]
         ctx.save_for_backward(hidden, weight, targets, norm, logp)
         return logp
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, norm, logp = ctx.saved_tensors
-        at_target = grad * -torch.expm1(logp)  # g · (1 − p[target])
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # float32 [V, C]
-        for rows in reversed(ctx.slices):
-            logits, ctx.last = ctx.last, None
-            if logits is None:
-                logits = _wide_matmul(hidden[rows], weight.t())
-            if ctx.compiled:
-                logits = _compiled(_scaled_softmax)(logits, norm[rows], -grad[rows], hidden.dtype)  # −g · p
-            else:
-                logits = logits.sub_(norm[rows, None]).exp_().mul_(-grad[rows, None]).to(hidden.dtype)
-            logits.scatter_(1, targets[rows, None], at_target[rows, None].to(hidden.dtype))
-            grad_hidden[rows] = logits @ weight
-            if ctx.needs_input_grad[1]:
-                grad_weight = (
-                    _wide_matmul(logits.t(), hidden[rows])
-                    if grad_weight is None
-                    else _add_product(grad_weight, logits.t(), hidden[rows])
-                )
-            logits = None  # let go before the next is made
-        if grad_weight is None and ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        at_target = (grad * -torch.expm1(logp)).to(hidden.dtype)[:, None]  # g · (1 − p[target]), [R, 1]
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=norm.dtype)  # [V, C]
+        for c in reversed(ctx.chunks):
+            logits, ctx.last = ctx.last if ctx.last is not None else _product(hidden[c], weight.t()), None
+            slope = ctx.scaled_softmax(logits, norm[c], -grad[c], hidden.dtype)  # −g · p, [r, V]
+            slope.scatter_(1, targets[c, None], at_target[c])
+            grad_hidden[c] = slope @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, slope.t(), hidden[c])
+            del logits, slope  # before the next are made
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _equal_slices(count, most):
@@ -463,41 +348,118 @@ def _equal_slices(count, most):
     return [slice(a, b) for a, b in zip(edges, edges[1:])]
 
 
-# ------------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------- what is there only for CUDA
+
+
+def _cuda_segments(q, k, v, pack, window):
+    """All segments of a pack in one kernel: q [N, H, D], k and v [M, K, D] -> [N, H, D]."""
+    grouped = {}
+    if "enable_gqa" in signature(varlen.varlen_attn).parameters:  # torch 2.12 on
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [M, H, D]
+    sees = (-1 if window is None else window - 1, 0)
+    return varlen.varlen_attn(q, k, v, pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, window_size=sees, **grouped)
+
+
+def _product(a, b):
+    """a @ b in float32 (float64 for float64). CUDA writes float32 itself; elsewhere the product is cast."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype != wide else (a @ b).to(wide)
+
+
+def _add_product(total, a, b):
+    """total += a @ b, total in float32 (float64 for float64), without the product as a tensor of its own."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
+
+
+@functools.cache
+def _passes(compiled):
+    """The two passes over a chunk's logits [r, V]: the log of the softmax's denominator, [r], and scale · softmax,
+    [r, V], which may overwrite them. torch.compile makes one kernel of each."""
+    log_normaliser = lambda logits: logits.logsumexp(-1)
+    if not compiled:
+        return (
+            log_normaliser,
+            lambda logits, norm, scale, dtype: logits.sub_(norm[:, None]).exp_().mul_(scale[:, None]).to(dtype),
+        )
+    scaled_softmax = lambda logits, norm, scale, dtype: ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
+    return torch.compile(log_normaliser, dynamic=True), torch.compile(scaled_softmax, dynamic=True)
+
+
+# --------------------------------------------------------------------------------------------------- sampling
+
+
+class Cache:
+    """The keys and values that generation keeps from step to step. lengths [B]: tokens of each prompt; most: tokens
+    of the longest sequence with all that is to come, T."""
+
+    def __init__(self, lengths: Tensor, most: int):
+        self.last, self.most, self.layers = lengths - 1, most, None  # last: position of each one's last token, [B]
+
+    def of_layers(self, config: Config, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each layer's keys and values [B, K, T, D] and the positions `last` [B]. Made at first, of x's type."""
+        if self.layers is None:
+            shape = (2, len(x), config.num_key_value_heads, self.most, config.head_dim)
+            self.layers = [x.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        return [(*kept, self.last.to(x.device)) for kept in self.layers]
+
+
+def remember(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, last: Tensor) -> tuple:
+    """Write new tokens' k and v [B, K, n, D] into a layer's keys and values [B, K, T, D] -> what attention takes: keys,
+    values, positions. Prompts (n > 1) begin at 0 and see themselves alone, their padding is overwritten before a token
+    sees it; a single token stands at `last` [B] and sees all before it."""
+    n = k.shape[2]
+    if n > 1:
+        keys[:, :, :n], values[:, :, :n] = k, v
+        return k, v, None
+    sequences = torch.arange(len(last), device=last.device)
+    keys[sequences, :, last], values[sequences, :, last] = k[:, :, 0], v[:, :, 0]  # [B, K, D]
+    return keys, values, last[:, None]
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new, stop, temperature=0.0, generator=None, pad=0):
-    """Continue each prompt: a list of id lists -> a list of lists of new ids, ended by an id of `stop` (included) or
-    after max_new. Temperature 0 takes the likeliest token. No cache: every step runs the whole row again."""
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new: int,
+    stop: Collection[int],
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    stop_early: bool = True,
+) -> list[list[int]]:
+    """Continue each prompt: lists of ids -> lists of new ids, ended by an id of `stop` (included) or after max_new.
+
+    Temperature 0 takes the likeliest token, otherwise `generator` draws. stop_early: end when all have ended; without,
+    every call makes max_new steps, so that several processes that share the model's collectives make as many."""
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.full((len(prompts), int(lengths.max()) + max_new), pad, device=device)  # [B, T]
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
-    rows, stops = torch.arange(len(prompts), device=device), torch.tensor(sorted(stop), device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    new = lengths.clone()  # the next position
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # [B, T]
+    cache, replies = Cache(lengths, tokens.shape[1] + max_new), [[] for _ in prompts]
     for _ in range(max_new):
-        logits = model(tokens[:, : int(new.max())], last=new - 1).float()  # [B, V]
+        logits = model(tokens, cache=cache).float()  # [B, V]
         if temperature > 0:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)  # [B, 1]
         else:
-            chosen = logits.argmax(-1)
-        tokens[rows[~ended], new[~ended]] = chosen[~ended]
-        new = new + (~ended).long()
-        ended = ended | torch.isin(chosen, stops)
-        if bool(ended.all()):
+            tokens = logits.argmax(-1, keepdim=True)  # [B, 1]
+        cache.last = cache.last + 1
+        for reply, token in zip(replies, tokens[:, 0].tolist()):
+            if not reply or reply[-1] not in stop:
+                reply.append(token)
+        if stop_early and all(reply[-1] in stop for reply in replies):
             break
-    return [tokens[row, a:b].tolist() for row, (a, b) in enumerate(zip(lengths.tolist(), new.tolist()))]
+    return replies
 
 
-# ------------------------------------------------------------------------------------ checkpoints, in and out
-
-FLOATS = {"F64", "F32", "F16", "BF16"}
+# ---------------------------------------------------------------------------------------------------- loading
 
 
-def load_model(directory, dtype=torch.float32, device="cpu"):
+def load_model(
+    directory: str | os.PathLike, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CausalLM:
     """A CausalLM with the weights of `directory` in the given type on the device. Raises BadInput."""
     with torch.device("meta"):
         model = CausalLM(read_config(directory)).to(dtype)
@@ -506,82 +468,30 @@ def load_model(directory, dtype=torch.float32, device="cpu"):
     return model
 
 
-def load_weights(model, directory, local=lambda parameter: (parameter.data, 0)):
+def load_weights(
+    model: CausalLM,
+    directory: str | os.PathLike,
+    local: Callable[[Tensor], tuple[Tensor, int]] = lambda parameter: (parameter.data, 0),
+) -> None:
     """Fill every parameter from the checkpoint's safetensors, one tensor at a time, and check that all are finite.
 
-    `local` gives the tensor that holds this process's rows of a parameter, and the number of its first row; only
-    those rows are read. Strict both ways: raises BadInput for a tensor missing, extra, of another shape or type."""
-    files = tensor_files(directory)
-    parameters = dict(model.named_parameters())
-    check_names(model, files, directory)
-    for name, parameter in parameters.items():
-        with open_tensors(files[name]) as file:
-            stored = file.get_slice(name)
-            _check_slice(files[name], name, stored, parameter.shape)
-            target, start = local(parameter)
-            rows = stored[start : start + len(target)]  # pages of the file, not yet in memory
-            for piece, goal in zip(rows.flatten().split(PIECE), target.view(-1).split(PIECE)):
-                if not bool(piece.isfinite().all()):
-                    raise BadInput(
-                        f"{files[name]}: {name} holds values that are not finite; the file is "
-                        "damaged or the training that wrote it diverged"
-                    )
-                with torch.no_grad():
-                    goal.copy_(piece)
-    if "lm_head.weight" in files and model.lm_head is None:
-        _check_tied(files, "lm_head.weight", *local(model.model.embed_tokens.weight))
+    `local` gives this process's part of a parameter, and where in its first dimension that begins; only that part is
+    read. Strict both ways: raises BadInput for a tensor missing, extra, of another shape or type."""
+    files = _checked_files(model, directory)
+    for name, parameter in model.named_parameters():
+        weights.copy_tensor(files[name], name, *local(parameter))
+    if model.lm_head is None and weights.HEAD in files:
+        weights.check_tied(files[weights.HEAD], *local(model.head))
 
 
-def check(directory):
+def check(directory: str | os.PathLike) -> str | os.PathLike:
     """Check a checkpoint by its configuration and its files' headers, reading no weights: the names, types and shapes
     of its tensors. Returns the directory. Raises BadInput."""
     with torch.device("meta"):
-        model = CausalLM(read_config(directory))
-    files = tensor_files(directory)
-    check_names(model, files, directory)
-    parameters = dict(model.named_parameters())
-    for path in sorted(set(files.values())):
-        with open_tensors(path) as file:
-            for name in file.keys():
-                if name in parameters:
-                    _check_slice(path, name, file.get_slice(name), parameters[name].shape)
+        _checked_files(CausalLM(read_config(directory)), directory)
     return directory
 
 
-def _check_slice(path, name, stored, shape):
-    kind, there = stored.get_dtype(), list(stored.get_shape())
-    if kind not in FLOATS:
-        raise BadInput(f"{path}: {name} is of type {kind}; supported are {', '.join(sorted(FLOATS))}")
-    if there != list(shape):
-        raise BadInput(f"{path}: {name} has shape {there}, but config.json makes it {list(shape)}")
-
-
-def check_names(model, files, directory):
-    """Compare the tensors that the model wants with those that the checkpoint has. A tied head may be stored as
-    well, and the frequency tables that early Llama checkpoints carry are known and not needed."""
-    wanted = {name for name, _ in model.named_parameters()}
-    known = {name for name in files if name.endswith(".rotary_emb.inv_freq")}
-    if model.lm_head is None:
-        known.add("lm_head.weight")
-    missing, extra = sorted(wanted - files.keys()), sorted(files.keys() - wanted - known)
-    if missing:
-        hint = ", though config.json does not tie the head to the embedding" if missing == ["lm_head.weight"] else ""
-        raise BadInput(f"{directory}: the tensor {missing[0]} is missing{hint}{_and_more(missing)}")
-    if extra:
-        raise BadInput(f"{directory}: the tensor {extra[0]} has no place in the model of config.json{_and_more(extra)}")
-
-
-def _check_tied(files, head, embedding, start):
-    """A stored head must be the embedding, whose rows from `start` on are given."""
-    with open_tensors(files[head]) as file:
-        rows = file.get_slice(head)[start : start + len(embedding)]
-        same = rows.shape == embedding.shape and all(
-            torch.equal(a.to(b.dtype), b.cpu())
-            for a, b in zip(rows.flatten().split(PIECE), embedding.view(-1).split(PIECE))
-        )
-    if not same:
-        raise BadInput(f"{files[head]}: {head} differs from model.embed_tokens.weight, though config.json ties them")
-
-
-def _and_more(names):
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def _checked_files(model, directory):
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return weights.checked_files(directory, shapes, tied=model.lm_head is None)

@@ -4,9 +4,8 @@ D1-D8 are the derivation, on problems small enough to enumerate. A policy is a t
 log-probability of each action (token) in each state (the prompt and the tokens so far). reward and f are
 tables of the same shape; child [S, A], int64, is the state that follows, -1 where the response ends. State 0
 is the prompt, and a state comes before its children.
-D9-D16, with phi of D7, are what training calls, except token_gradients, which autograd does. A model is a pair
-(chosen, rejected) of tensors [B, T] of per-token log-probs, 0 where there is no response token; chosen and
-rejected may differ in T.
+D9-D16, with weighted_margin of D7, are what training calls, except token_gradients, which autograd does. A model
+is a pair (chosen, rejected) of tensors [B, T] of per-token log-probs, 0 where there is no response token.
 
 Letters: S states, A actions, B pairs, T tokens. Suffix _w chosen, _l rejected. beta > 0, alpha >= 0.
 """
@@ -17,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Sides = tuple[Tensor, Tensor]  # (chosen, rejected), [B, T] each; the two T may differ
 
 
 def sequence_objective(logp: Tensor, ref_logp: Tensor, reward: Tensor, child: Tensor, beta: float) -> Tensor:
@@ -68,7 +69,7 @@ def inverted_reward(logp: Tensor, ref_logp: Tensor, log_z: Tensor, f: Tensor, be
     return beta * f * (logp - ref_logp + log_z[:, None])
 
 
-def phi(logratio_w: Tensor, logratio_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
+def weighted_margin(logratio_w: Tensor, logratio_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
     """D7: phi = sum_t beta f_w log(pi/pi_ref)_w - sum_t beta f_l log(pi/pi_ref)_l. [B, T] each, [B] out."""
     return beta * ((f_w * logratio_w).sum(-1) - (f_l * logratio_l).sum(-1))
 
@@ -78,7 +79,7 @@ def preference(phi: Tensor, delta: Tensor) -> Tensor:
     return torch.sigmoid(phi + delta)
 
 
-def delta(log_z_w: Tensor, log_z_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
+def partition_term(log_z_w: Tensor, log_z_l: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> Tensor:
     """D8 (Theorem 4.4): delta = sum_t beta f_w log Z(s_w) - sum_t beta f_l log Z(s_l), [B]; no policy in it.
 
     log_z_w, log_z_l: [B, T], log Z of the states in which the tokens were chosen, 0 where there is no token.
@@ -86,17 +87,17 @@ def delta(log_z_w: Tensor, log_z_l: Tensor, f_w: Tensor, f_l: Tensor, beta: floa
     return beta * ((f_w * log_z_w).sum(-1) - (f_l * log_z_l).sum(-1))
 
 
-def r_hat(guide_logp: Tensor, ref_logp: Tensor, guide_beta: float) -> Tensor:
+def token_reward(guide_logp: Tensor, ref_logp: Tensor, guide_beta: float) -> Tensor:
     """D9, and D16 for SimPO's guides: r_hat = guide_beta log pi_guide/pi_ref(a|s), any shape; no gradient."""
     return guide_beta * (guide_logp - ref_logp).detach()
 
 
-def f_w(r_hat: Tensor, alpha: float) -> Tensor:
+def chosen_weight(r_hat: Tensor, alpha: float) -> Tensor:
     """D10: f_w = 1 + alpha r_hat, the weight of each token of the chosen response; the shape of r_hat."""
     return 1 + alpha * r_hat
 
 
-def f_l(r_hat: Tensor, alpha: float) -> Tensor:
+def rejected_weight(r_hat: Tensor, alpha: float) -> Tensor:
     """D10: f_l = 1 - alpha r_hat, the weight of each token of the rejected response; the shape of r_hat."""
     return 1 - alpha * r_hat
 
@@ -111,35 +112,45 @@ def token_log_ratios(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """What each loss returns, a number a pair: every field is [B]. SimPO's last three are None: no reference.
+    """What each loss returns. None: the loss has no such number (SimPO knows no reference, only TGDPO a guide).
 
     dpo_margin = beta (logratio_w - logratio_l), and logratio = log pi(y|x) / pi_ref(y|x), summed over tokens.
     """
 
-    losses: Tensor
-    phi: Tensor
-    dpo_margin: Tensor | None
-    logratio_w: Tensor | None
-    logratio_l: Tensor | None
+    losses: Tensor  # [B]
+    phi: Tensor  # [B]
+    dpo_margin: Tensor | None = None  # [B]
+    logratio_w: Tensor | None = None  # [B]
+    logratio_l: Tensor | None = None  # [B]
+    r_hat: Sides | None = None  # 0 where there is no token
+    f: Sides | None = None  # 1 where there is no token
 
 
-def tgdpo_loss(policy, ref, guide, beta: float, alpha: float, guide_beta: float | None = None) -> Loss:
+def tgdpo_loss(
+    policy: Sides, ref: Sides, guide: Sides, beta: float, alpha: float, guide_beta: float | None = None
+) -> Loss:
     """D11: -log sigma(phi), pair by pair; only the policy receives a gradient.
 
-    policy, ref, guide: (chosen, rejected), each [B, T] per-token log-probs, 0 where there is no token.
-    guide_beta scales r_hat; None means beta. ValueError: shapes that differ, a beta <= 0, alpha < 0.
+    policy, ref, guide: per-token log-probs, 0 where there is no token. guide_beta scales r_hat; None means beta.
+    ValueError: shapes that differ, a beta <= 0, alpha < 0.
     """
     guide_beta = beta if guide_beta is None else guide_beta
     _check_shapes(policy, ref=ref, guide=guide)
     _check_positive(beta=beta, guide_beta=guide_beta)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha is {alpha}: it must be a number >= 0")
-    ratio_w, ratio_l = map(token_log_ratios, policy, ref)  # [B, T] each
-    weight_w = f_w(r_hat(guide[0], ref[0], guide_beta), alpha)
-    weight_l = f_l(r_hat(guide[1], ref[1], guide_beta), alpha)
-    margin = phi(ratio_w, ratio_l, weight_w, weight_l, beta)  # [B]
-    logratio_w, logratio_l = ratio_w.sum(-1), ratio_l.sum(-1)
-    return Loss(-F.logsigmoid(margin), margin, beta * (logratio_w - logratio_l), logratio_w, logratio_l)
+    (policy_w, policy_l), (ref_w, ref_l), (guide_w, guide_l) = policy, ref, guide
+    r_hat_w = token_reward(guide_w, ref_w, guide_beta)  # D9, [B, T]
+    r_hat_l = token_reward(guide_l, ref_l, guide_beta)
+    f_w = chosen_weight(r_hat_w, alpha)  # D10, [B, T]
+    f_l = rejected_weight(r_hat_l, alpha)
+    logratio_w = token_log_ratios(policy_w, ref_w)  # D11, [B, T]
+    logratio_l = token_log_ratios(policy_l, ref_l)
+    phi = weighted_margin(logratio_w, logratio_l, f_w, f_l, beta)  # D7, [B]
+    losses = -F.logsigmoid(phi)  # D11, [B]
+    chosen, rejected = logratio_w.sum(-1), logratio_l.sum(-1)  # of whole responses, [B] each
+    dpo_margin = beta * (chosen - rejected)  # D14, [B]
+    return Loss(losses, phi, dpo_margin, chosen, rejected, (r_hat_w, r_hat_l), (f_w, f_l))
 
 
 def token_gradients(phi: Tensor, f_w: Tensor, f_l: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -165,31 +176,36 @@ def largest_alpha(r_hat_w: Tensor, r_hat_l: Tensor, share: float = 1.0) -> float
     return 1 / steepest if steepest > 0 else math.inf
 
 
-def dpo_loss(policy, ref, beta: float) -> Loss:
+def dpo_loss(policy: Sides, ref: Sides, beta: float) -> Loss:
     """D14: -log sigma(beta log pi/pi_ref(y_w|x) - beta log pi/pi_ref(y_l|x)); arguments as in tgdpo_loss."""
     _check_shapes(policy, ref=ref)
     _check_positive(beta=beta)
-    logratio_w, logratio_l = (ratio.sum(-1) for ratio in map(token_log_ratios, policy, ref))  # [B] each
-    margin = beta * (logratio_w - logratio_l)
-    return Loss(-F.logsigmoid(margin), margin, margin, logratio_w, logratio_l)
+    logratio_w, logratio_l = (logratio.sum(-1) for logratio in map(token_log_ratios, policy, ref))  # [B] each
+    phi = beta * (logratio_w - logratio_l)  # [B]
+    return Loss(-F.logsigmoid(phi), phi, phi, logratio_w, logratio_l)
 
 
-def simpo_loss(policy, lengths, beta: float, gamma: float) -> Loss:
+def mean_reward(logp: Tensor, length: Tensor, beta: float) -> Tensor:
+    """D15: beta/|y| log pi(a_t|s_t), a token's part of SimPO's reward. logp: [B, T]; length: [B]; [B, T] out."""
+    return beta * logp / length[:, None]
+
+
+def simpo_loss(policy: Sides, lengths: tuple, beta: float, gamma: float) -> Loss:
     """D15: -log sigma(phi - gamma), phi = beta/|y_w| log pi(y_w|x) - beta/|y_l| log pi(y_l|x); no reference.
 
     lengths: (chosen, rejected), each B numbers of response tokens, at least 1. gamma: the margin itself.
     """
     _check_shapes(policy)
     _check_positive(beta=beta)
-    lengths = [torch.as_tensor(n, dtype=policy[0].dtype, device=policy[0].device) for n in lengths]
+    lengths = [torch.as_tensor(n, dtype=policy[0].dtype, device=policy[0].device) for n in lengths]  # [B] each
     if any(n.shape != policy[0].shape[:1] or bool((n < 1).any()) for n in lengths):
         raise ValueError(f"lengths must be {len(policy[0])} numbers of at least 1 for each side, one a pair")
-    mean_w, mean_l = (logp.sum(-1) / n for logp, n in zip(policy, lengths))  # [B] each
-    margin = beta * (mean_w - mean_l)
-    return Loss(-F.logsigmoid(margin - gamma), margin, None, None, None)
+    reward_w, reward_l = (mean_reward(logp, n, beta).sum(-1) for logp, n in zip(policy, lengths))  # [B] each
+    phi = reward_w - reward_l  # [B]
+    return Loss(-F.logsigmoid(phi - gamma), phi)
 
 
-def _check_shapes(policy, **frozen):
+def _check_shapes(policy: Sides, **frozen: Sides) -> None:
     for name, pair in {"policy": policy, **frozen}.items():
         for side, tensor, like in zip(("chosen", "rejected"), pair, policy):
             if tensor.dim() != 2 or tensor.shape != like.shape or len(tensor) != len(policy[0]):
@@ -199,7 +215,7 @@ def _check_shapes(policy, **frozen):
                 )
 
 
-def _check_positive(**numbers: float):
+def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: it must be a number > 0")

@@ -14,16 +14,20 @@ tokens, and are not in memory while the policy trains.
 
 import sys
 
+from runtime import supported
+
+if __name__ == "__main__":
+    supported.check()  # before anything is imported that another system lacks
+
 from runtime import options as option_table
 
 if __name__ == "__main__":
     option_table.answer_early(sys.argv[1:])  # --help and a mistyped option need no torch
 
-import errno
 import gc
 import os
+import shlex
 import time
-import traceback
 from typing import NamedTuple
 
 import numpy as np
@@ -37,29 +41,30 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import model
 import tgdpo
-from files import hub, weights
+from files import hub
+from files.card import model_card
 from files.errors import BadInput
-from files.tokenizer import load_tokenizer, same_vocabulary
-from report import report
+from files.export import as_used, save_model, tokenizer_files
+from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
-from runtime.failures import RunFailed, Stopped
+from runtime.failures import RunFailed, Stopped, complain
+from runtime.losses import LOSSES
+from runtime.metrics import Metrics
 from runtime.process_group import on_all_ranks, on_rank_0
-from runtime.progress import Metrics, Progress, say, tell
+from runtime.progress import Progress, say
 from runtime.tally import Tally
+from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
+
+try:
+    from report import report
+except ImportError:
+    report = None  # the page is not needed to train
 
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+SETTINGS = (
+    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
+).split()
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
 
@@ -77,12 +82,24 @@ class Run(NamedTuple):
     signals: signals.Signals
     metrics: Metrics
     identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
+    beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
+
+
+class Inputs(NamedTuple):
+    """What a run is given."""
+
+    source: str  # the reference's directory
+    guide: str | None  # a given guide's
+    tokenizer: ChatTokenizer
+    pairs: list  # of data.Pair
+    eval_pairs: list
+    counts: dict  # "train" and, with --eval-data, "eval": data.Counts
 
 
 class Stage(NamedTuple):
     """One training: the policy starts from the reference and learns from `pairs` by one loss."""
 
-    loss: str  # tgdpo, dpo or simpo
+    loss: str  # its name in runtime/losses.py
     pairs: list  # of data.Pair
     eval_pairs: list
     ref: list | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
@@ -124,18 +141,18 @@ def release(run):
         torch.cuda.empty_cache()
 
 
-def export(run, net, directory, source):
-    """Write the policy in Hugging Face layout, gathered and written tensor by tensor."""
+def export(run, net, directory, source, loss):
+    """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     stream = ((name, shards.whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
-        copies = [(os.path.join(source, name), name) for name in TOKENIZER_FILES]
-        if run.options.chat_template:
-            copies.append((run.options.chat_template, "chat_template.jinja"))
-        weights.save_model(directory, source, shapes, stream, run.dtype, [c for c in copies if os.path.exists(c[0])])
+        (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
+        card = model_card(loss, run.options.model, run.options.data, source, command)
+        copies = tokenizer_files(source)
+        save_model(directory, config, shapes, stream, run.dtype, copies, texts | {"README.md": card})
 
     def drain():
         for _ in stream:
@@ -166,6 +183,18 @@ def size(pair):
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
+def scored(pair):
+    """A pair's response tokens."""
+    return len(pair.chosen) + len(pair.rejected)
+
+
+def gathered(run, share):
+    """[rank 0's share, rank 1's, ...]. Collective."""
+    shares = [None] * run.world
+    dist.all_gather_object(shares, share)
+    return shares
+
+
 def packs_of(run, pairs):
     """This rank's packs for a pass over the pairs: lists of indices, as many on every rank. Dealt some thousands at a
     time, as the deal of n pairs to n packs takes n² log n."""
@@ -176,25 +205,22 @@ def packs_of(run, pairs):
 
 
 @torch.no_grad()
-def log_probs(run, net, pairs, title, save=lambda: "what was saved before stands", side_job=False):
+def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False):
     """Per-token log-probs of every pair's responses, [C + R] each, on the CPU. The pairs are shared out among the
-    ranks in large packs. No random number is drawn. save: see stop_if_told; side_job: see Progress."""
+    ranks in large packs. No random number is drawn. heed: called with the run after each pack, to follow signals."""
     mine = {}
     bar = Progress(len(pairs), title, run.rank, side_job=side_job)
     for indices in packs_of(run, pairs):
         pack = to_device(data.collate([pairs[i] for i in indices] or [FILLER]), run.device)
-        logp = net(pack.tokens, pack).cpu()
-        lengths = [len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices]
+        logp = net(pack.tokens, pack).cpu()  # [R]
         if indices:
-            mine |= zip(indices, (part.clone() for part in logp.split(lengths)))
+            mine |= zip(indices, (part.clone() for part in logp.split([scored(pairs[i]) for i in indices])))
         bar.advance(len(indices) * run.world)
-        stop_if_told(run, save)
+        heed(run)
     bar.close()
     net.reshard()  # without a backward pass the root would stay gathered
-    shares = [None] * run.world
-    dist.all_gather_object(shares, mine)
-    together = {index: logp for share in shares for index, logp in share.items()}
-    return [together[index] for index in range(len(pairs))]
+    found = {index: logp for share in gathered(run, mine) for index, logp in share.items()}
+    return [found[index] for index in range(len(pairs))]
 
 
 def cached_log_probs(run, kind, directory, pairs, digest=None):
@@ -228,39 +254,25 @@ def cached_log_probs(run, kind, directory, pairs, digest=None):
 # -------------------------------------------------------------------------------------------------- the losses
 
 
+def loss_of(name, options, tensors):
+    """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each."""
+    entry = LOSSES[name]
+    settings = {option: getattr(options, option) for option in entry.options}
+    return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
+
+
 def pack_loss(stage, options, logp, pack, indices, tally):
     """The loss of each pair of a pack: logp [R], indices of its pairs -> tgdpo.Loss of [B]; figures go to the tally."""
-    policy = rows(logp, pack)
-    if stage.loss == "simpo":
-        lengths = [torch.tensor(n, device=logp.device) for n in (pack.chosen_lengths, pack.rejected_lengths)]
-        result = tgdpo.simpo_loss(policy, lengths, options.beta, options.gamma)
-    else:
-        ref = torch.cat([stage.ref[i] for i in indices]).to(logp.device)  # [R]
-        if stage.loss == "dpo":
-            result = tgdpo.dpo_loss(policy, rows(ref, pack), options.beta)
-        else:
-            guide = torch.cat([stage.guide[i] for i in indices]).to(logp.device)
-            result = tgdpo.tgdpo_loss(
-                policy, rows(ref, pack), rows(guide, pack), options.beta, options.alpha, options.guide_beta
-            )
-            r_hat = tgdpo.r_hat(guide, ref, options.guide_beta)
-            sides = r_hat.split([n for ns in zip(pack.chosen_lengths, pack.rejected_lengths) for n in ns])
-            r_hat_w, r_hat_l = torch.cat(sides[0::2]), torch.cat(sides[1::2])
-            tally.add_guidance(
-                torch.cat([r_hat_w, r_hat_l]),
-                torch.cat([tgdpo.f_w(r_hat_w, options.alpha), tgdpo.f_l(r_hat_l, options.alpha)]),
-            )
-    tally.add_losses(result)
+    tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
+    for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
+        if frozen is not None:
+            tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
+    result = loss_of(stage.loss, options, tensors)
+    tally.add(result, tensors["lengths"])
     return result
 
 
 @torch.no_grad()
-def evaluate(run, net, stage, save):
-    """The stage's figures on its evaluation pairs, and their per-token log-probs as log_probs gives them."""
-    found = log_probs(run, net, stage.eval_pairs, "evaluation", save, side_job=True)
-    return figures(run, stage, found), found
-
-
 def figures(run, stage, logps):
     """The row of metrics of the evaluation pairs' log-probs `logps` under the stage's loss. Collective."""
     tally, mine = Tally(run.device, stage.ref is not None), range(run.rank, len(logps), run.world)
@@ -268,6 +280,30 @@ def figures(run, stage, logps):
         pack, logp = data.collate([stage.eval_pairs[i] for i in indices]), torch.cat([logps[i] for i in indices])
         pack_loss(stage, run.options, logp.to(run.device), pack, [len(stage.pairs) + i for i in indices], tally)
     return tally.row()
+
+
+def judged(options, pairs, models):
+    """tgdpo's numbers of each pair, in float64, for the final table and tokens.jsonl. models: {ref, guide, policy ->
+    log-probs [C + R] of each pair, or None}. Yields, pair by pair, {model: the Loss with that model as the policy} and
+    {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C], rejected [1, R])}."""
+    for i, pair in enumerate(pairs):
+        lengths = torch.tensor([[len(pair.chosen)], [len(pair.rejected)]])
+        known = {name: logps[i].double()[None] for name, logps in models.items() if logps}
+        tokens = {name: logp.split(lengths.flatten().tolist(), 1) for name, logp in known.items()}
+        losses = {
+            name: loss_of(options.loss, options, tokens | {"policy": model, "lengths": lengths})
+            for name, model in tokens.items()
+        }
+        policy, ref, loss = tokens["policy"], tokens.get("ref"), losses["policy"]
+        if ref:
+            tokens["moved"] = tuple(map(tgdpo.token_log_ratios, policy, ref))
+        if loss.r_hat:  # what the guide gives; without one, what the policy itself has come to give
+            tokens |= {"reward": loss.r_hat, "f": loss.f}
+        elif ref:
+            tokens["reward"] = tuple(tgdpo.token_reward(p, r, options.beta) for p, r in zip(policy, ref))
+        else:
+            tokens["reward"] = tuple(tgdpo.mean_reward(p, n, options.beta) for p, n in zip(policy, lengths))
+        yield losses, tokens
 
 
 # ------------------------------------------------------------------------------------------------- one training
@@ -302,13 +338,13 @@ def optimiser_step(run, net, optimiser, stage, batch):
     row = tally.row()
     grad_norm = clip_grad_norm_(net.parameters(), run.options.max_grad_norm)
     row["grad_norm"] = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-    refuse_not_finite(row, stage, batch, losses)
+    refuse_not_finite(run, row, stage, batch, losses)
     optimiser.step()
     optimiser.zero_grad()
     return row
 
 
-def refuse_not_finite(row, stage, batch, losses):
+def refuse_not_finite(run, row, stage, batch, losses):
     """All ranks raise alike, since the row's figures are everyone's."""
     if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
         return
@@ -318,141 +354,68 @@ def refuse_not_finite(row, stage, batch, losses):
         for i, value in zip(indices, values.tolist())
         if not np.isfinite(value)
     ]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, wrong)
-    wrong = [source for share in shares for source in share]
+    wrong = [source for share in gathered(run, wrong) for source in share]
     if wrong:
         raise RunFailed(f"the loss is not finite on {some(wrong)}")
     raise RunFailed(f"the gradient is not finite; the step's pairs are {some([stage.pairs[i].source for i in batch])}")
 
 
-def refuse_lost_weights(net, when, checkpoints):
-    """All ranks raise alike where the optimiser has made a weight that is not finite: it is not saved or exported."""
-    finite = on_all_ranks(
-        lambda: all(bool(shards.local_rows(parameter)[0].isfinite().all()) for parameter in net.parameters())
-    )
-    if not all(finite):
-        last = on_rank_0(lambda: checkpoint.newest(checkpoints))
-        raise RunFailed(
-            f"{when}: the weights are no longer finite; the last checkpoint is {last or 'none'}; try a lower --lr"
-        )
-
-
 def train(run, stage, directory):
     """Train the model of `directory` by the stage's loss, from the newest checkpoint where one stands. Returns the
     model and the evaluation pairs' log-probs at the end (None without evaluation pairs)."""
-    options = run.options
-    net = sharded(directory, run)
+    options, net = run.options, sharded(directory, run)
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay, fused=True
     )
-    per_epoch = -(-len(stage.pairs) // options.batch_size)
-    total, step = options.epochs * per_epoch, 0
-    checkpoints = os.path.join(run.out, "checkpoints")
-    tensors = training_state(net, optimiser)
-    newest = on_rank_0(lambda: checkpoint.newest(checkpoints, say)) if options.resume else None
-    if newest:
-        state = checkpoint.load(newest, tensors, run.identity | {"stage": stage.loss})
-        step = state["step"]
-        set_adam_step(optimiser, step)
-        if state["world_size"] == run.world:
-            checkpoint.set_random_state(state["random"][run.rank])
-        say(f"{stage.loss}: resumed from {newest}: step {step} of {total}", run.rank)
-        if step == total:
-            checkpoint.tidy(newest, options.keep)  # else the next save does it
-    elif options.resume:
-        say(f"{stage.loss}: nothing complete to resume from: starting from the beginning", run.rank)
-    run.metrics.keep_until(stage.loss, step)
-    saved = step
-
-    def save():
-        nonlocal saved
-        if step != saved:
-            net.reshard()  # in an evaluation the root is gathered, and its parameters are not the optimiser's
-            refuse_lost_weights(net, f"{stage.loss} step {step}", checkpoints)
-            epoch, position = divmod(step, per_epoch)
-            checkpoint.save(
-                checkpoints,
-                step,
-                training_state(net, optimiser),
-                {
-                    "identity": run.identity | {"stage": stage.loss},
-                    "steps": total,
-                    "epoch": epoch,
-                    "position": position * options.batch_size,
-                },
-                options.keep,
-            )
-            saved = step
-        return f"{stage.loss} step {step} of {total} is saved"
-
-    stop_if_told(run, lambda: "nothing to save yet")  # from here on a signal waits for the end of a step
-    bar = Progress(total, stage.loss, run.rank, start=step)
-    found = None
+    training = Training(stage.loss, net, optimiser, *preview.steps(options, len(stage.pairs)))
+    resume(run, training)
+    stop_if_told(run, state="nothing to save yet")  # from here on a signal waits for the end of a step
+    bar, final = Progress(training.total, stage.loss, run.rank, start=training.step), None
     while True:
-        if stage.eval_pairs and step and (step == total or options.eval_every and step % options.eval_every == 0):
-            began = time.perf_counter()
-            row, found = evaluate(run, net, stage, save)
-            row |= flops.speed(run.device, run.world, stage.eval_pairs, began)
-            run.metrics.write({"stage": stage.loss, "step": step, "eval": True} | row)
-        if step == total:
+        if stage.eval_pairs and due(training, options.eval_every):
+            final = evaluate(run, stage, training)
+        if training.step == training.total:
             break
-        began = time.perf_counter()
-        epoch, position = divmod(step, per_epoch)
-        order = data.epoch_order(len(stage.pairs), options.seed, epoch)
-        batch = order[position * options.batch_size : (position + 1) * options.batch_size]
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(options, step, total)
-        try:
-            row = optimiser_step(run, net, optimiser, stage, batch)
-        except RunFailed as failure:
-            last = on_rank_0(lambda: checkpoint.newest(checkpoints))
-            mend = "a lower --lr or --alpha" if run.dtype == torch.float32 else "a lower --lr or --dtype float32"
-            raise RunFailed(
-                f"{stage.loss} step {step + 1}: {failure}; the optimiser did not take it; "
-                f"the last checkpoint is {last or 'none'}; try {mend}"
-            ) from None
-        step += 1
-        taken = [stage.pairs[i] for i in batch]
-        row |= {"lr": group["lr"], **flops.speed(run.device, run.world, taken, began, net.config)}
-        run.metrics.write({"stage": stage.loss, "step": step, "epoch": epoch + 1} | row)
+        row = next_step(run, stage, training)
         bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
-        if step == total or options.save_every and step % options.save_every == 0:
-            save()
-        stop_if_told(run, save)
+        if due(training, options.save_every):
+            save(run, training)
+        heed(run, training)
     bar.close()
-    return net, found
+    return net, final
 
 
-def training_state(net, optimiser):
-    """Name -> tensor of all that a checkpoint holds: parameters and AdamW's two moments, made where missing."""
-    tensors = {}
-    for name, parameter in net.named_parameters():
-        state = optimiser.state[parameter]
-        if not state:
-            state |= {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        tensors |= {
-            f"model.{name}": parameter.detach(),
-            f"exp_avg.{name}": state["exp_avg"],
-            f"exp_avg_sq.{name}": state["exp_avg_sq"],
-        }
-    return tensors
+def next_step(run, stage, training):
+    """The next optimiser step, with its pairs and its learning rate. Returns the row of metrics, written down."""
+    options, began = run.options, time.perf_counter()
+    epoch, position = divmod(training.step, training.per_epoch)
+    order = data.epoch_order(len(stage.pairs), options.seed, epoch)
+    batch = order[position * options.batch_size : (position + 1) * options.batch_size]
+    rate = learning_rate(options, training.step, training.total)
+    for parameters in training.optimiser.param_groups:
+        parameters["lr"] = rate
+    try:
+        row = optimiser_step(run, training.net, training.optimiser, stage, batch)
+    except RunFailed as failure:
+        mend = "a lower --lr or --alpha" if run.dtype == torch.float32 else "a lower --lr or --dtype float32"
+        raise RunFailed(
+            f"{stage.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "
+            f"the last checkpoint is {last_checkpoint(run)}; try {mend}"
+        ) from None
+    training.step += 1
+    taken = [stage.pairs[i] for i in batch]
+    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, training.net.config)}
+    run.metrics.write({"stage": stage.loss, "step": training.step, "epoch": epoch + 1} | row)
+    return row
 
 
-def set_adam_step(optimiser, step):
-    """AdamW counts its steps for the bias correction, one count a parameter."""
-    for state in optimiser.state.values():
-        state["step"].fill_(step)
-
-
-def stop_if_told(run, save):
-    """Follow a signal, where one came: save() saves what there is and says so in words; SIGUSR1 lets the run go on."""
-    if signal := run.signals.agreed():
-        run.signals.obey(signal, save())
+def evaluate(run, stage, training):
+    """Write the figures of the stage's evaluation pairs down. Returns their log-probs, as log_probs gives them."""
+    began = time.perf_counter()
+    found = log_probs(run, training.net, stage.eval_pairs, "evaluation", lambda run: heed(run, training), side_job=True)
+    row = figures(run, stage, found) | flops.speed(run.device, run.world, stage.eval_pairs, began)
+    run.metrics.write({"stage": stage.loss, "step": training.step, "eval": True} | row)
+    return found
 
 
 def some(names):
@@ -470,71 +433,44 @@ def found_model(name):
     return on_all_ranks(lambda: hub.model_directory(name), patient=True)[dist.get_rank()]
 
 
-def load_data(options, source, guide_source):
-    """-> tokenizer, pairs, evaluation pairs, {"train": Counts, "eval": Counts}. Rank 0 reads the pairs for all."""
-    loaded = []
-
-    def load():
-        loaded.append(load_tokenizer(source, options.chat_template))
+def read_inputs(options):
+    """Models, tokenizer and pairs, found, checked and read by rank 0 for all."""
+    source, guide = (found_model(name) if name else None for name in (options.model, options.guide))
+    tokenizer = on_all_ranks(lambda: load_tokenizer(source, options.chat_template), patient=True)[dist.get_rank()]
 
     def read():
-        (tokenizer,) = loaded
-        for directory in filter(None, (source, guide_source)):
+        for directory in filter(None, (source, guide)):
             if tokenizer.vocab_size > (size := model.read_config(directory).vocab_size):
                 raise BadInput(
                     f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but "
                     f"the model only {size} embeddings; take the tokenizer that belongs to it"
                 )
-        if guide_source:
-            same_vocabulary(tokenizer, load_tokenizer(guide_source, options.chat_template))
-        limits = options.max_length, options.max_prompt_length, options.skip_bad_rows
-        pairs, counts = data.load_pairs(files(options.data), tokenizer, *limits)
-        counts = {"train": counts}
-        eval_pairs = []
+        if guide:
+            same_vocabulary(tokenizer, load_tokenizer(guide, options.chat_template))
+        pairs, counts = read_pairs(options.data, options, tokenizer)
         if options.eval_data:
-            eval_pairs, counts["eval"] = data.load_pairs(files(options.eval_data), tokenizer, *limits)
-        elif options.eval_fraction:
-            if len(pairs) == 1:
-                raise BadInput(
-                    f"--eval-fraction {options.eval_fraction}: there is only one pair, which is needed to "
-                    "train on; leave it out, or give --eval-data"
-                )
-            kept = min(max(1, round(len(pairs) * (1 - options.eval_fraction))), len(pairs) - 1)
-            mixed = [pairs[i] for i in data.epoch_order(len(pairs), options.seed, 0)]
-            pairs, eval_pairs = mixed[:kept], mixed[kept:]
-        return pairs, eval_pairs, counts
+            eval_pairs, eval_counts = read_pairs(options.eval_data, options, tokenizer)
+            return pairs, eval_pairs, {"train": counts, "eval": eval_counts}
+        return *data.held_back(pairs, options.eval_fraction, options.seed), {"train": counts}
 
-    def files(names):
-        return [path for name in names for path in hub.data_files(name)]
-
-    on_all_ranks(load, patient=True)
-    return *loaded, *on_rank_0(read)
+    return Inputs(source, guide, tokenizer, *on_rank_0(read))
 
 
-def describe(options, source, guide_source, tokenizer, pairs, eval_pairs, dtype):
+def read_pairs(names, options, tokenizer):
+    """The pairs of files or Hub data sets, and their data.Counts."""
+    paths = [path for name in names for path in hub.data_files(name)]
+    return data.load_pairs(paths, tokenizer, options.max_length, options.max_prompt_length, options.skip_bad_rows)
+
+
+def describe(options, inputs, dtype):
     """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
-    settings = (
-        "loss",
-        "beta",
-        "alpha",
-        "gamma",
-        "guide_beta",
-        "lr",
-        "epochs",
-        "batch_size",
-        "warmup_ratio",
-        "schedule",
-        "weight_decay",
-        "max_grad_norm",
-        "seed",
-    )
-    return {name: getattr(options, name) for name in settings} | {
-        "data": data.fingerprint(pairs),
-        "evaluation data": data.fingerprint(eval_pairs),
-        "chat template": tokenizer.digest,
+    return {name: getattr(options, name) for name in SETTINGS} | {
+        "data": data.fingerprint(inputs.pairs),
+        "evaluation data": data.fingerprint(inputs.eval_pairs),
+        "chat template": inputs.tokenizer.digest,
         "dtype": str(dtype),
-        "model": cache.weights_digest(source),
-        "guide": guide_source and cache.weights_digest(guide_source),
+        "model": cache.weights_digest(inputs.source),
+        "guide": inputs.guide and cache.weights_digest(inputs.guide),
     }
 
 
@@ -542,129 +478,132 @@ def describe(options, source, guide_source, tokenizer, pairs, eval_pairs, dtype)
 
 
 def whole_run(options, ranks, out):
-    """Stage after stage, from the options to the exported policy and the report, all in the directory `out`."""
-    source, guide_source = (found_model(name) if name else None for name in (options.model, options.guide))
+    """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
+    inputs = read_inputs(options)
+    run = begin(options, ranks, out, inputs)
+    if options.dry_run:
+        return
+    pairs, eval_pairs, needs = inputs.pairs, inputs.eval_pairs, LOSSES[options.loss].tensors
+    ref = guide = guide_source = None
+    if "ref" in needs:
+        ref = cached_log_probs(run, "ref", inputs.source, pairs + eval_pairs, run.identity["model"])
+    if "guide" in needs:
+        guide_source = inputs.guide or train_guide(run, inputs, ref)
+        guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, run.identity["guide"])
+        if options.alpha is not None:
+            say_alpha(run, pairs, ref, guide)
+    policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, guide))
+    release(run)
+    tell_results(run, inputs, {"ref": ref, "guide": guide, "policy": policy}, answers, guide_source)
+
+
+def begin(options, ranks, out, inputs):
+    """The run, laid out and written down in `out`; with --dry-run it is shown, and nothing is written."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     )
-    tokenizer, pairs, eval_pairs, counts = load_data(options, source, guide_source)
-    plan, mesh = lay_out(options, ranks, source, dtype, max(size(pair) for pair in pairs + eval_pairs))
-    contexts = {
-        directory: model.read_config(directory).max_position_embeddings
-        for directory in (source, guide_source)
-        if directory
-    }
-    for line in preview.warnings(options, contexts, pairs, eval_pairs):
+    config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
+    plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
+    contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
+    beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
+    for line in preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
-        on_rank_0(
-            lambda: preview.show(
-                options, tokenizer, pairs, eval_pairs, counts, plan, ranks.world, model.read_config(source)
-            )
-        )
-        return
+        on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))
+        return None
 
-    on_rank_0(lambda: results.foresee_space(out, options, model.read_config(source), dtype.itemsize, pairs, eval_pairs))
-    if options.overwrite:
-        on_rank_0(lambda: outdir.clear(out, options))
-    identity = on_rank_0(lambda: describe(options, source, guide_source, tokenizer, pairs, eval_pairs, dtype))
-    on_rank_0(lambda: results.begin(out, options, identity, counts, plan, ranks))
-    run = Run(
-        options,
-        out,
-        ranks.rank,
-        ranks.world,
-        ranks.device,
-        mesh,
-        dtype,
-        plan,
-        ranks.signals,
-        Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank),
-        identity,
-    )
+    def write_down():
+        results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
+        if options.overwrite:
+            outdir.clear(out, options)
+        identity = describe(options, inputs, dtype)
+        results.begin(out, options, identity, counts, plan, ranks)
+        return identity
 
-    ref = guide = None
-    if options.loss != "simpo":
-        ref = cached_log_probs(run, "ref", source, pairs + eval_pairs, identity["model"])
-    if options.loss == "tgdpo":
-        if guide_source is None:
-            guide_source, identity["guide"] = train_guide(run, Stage("dpo", pairs, eval_pairs, ref, None), source)
-        guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, identity["guide"])
-        say_alpha(run, pairs, ref, guide)
-    stage = Stage(options.loss, pairs, eval_pairs, ref, guide)
-    policy, final = train(run, stage, source)
-    export(run, policy, os.path.join(out, "policy"), source)
-
-    shown = eval_pairs or pairs
-    if final is None:
-        final = log_probs(run, policy, shown[: options.report_pairs], "log-probs of the policy")
-    answers = {"policy": answer(run, policy, tokenizer, shown)}
-    del policy
-    release(run)
-    for name, directory in (("guide", guide_source), ("reference", source)):
-        if directory and options.samples:
-            net = sharded(directory, run, frozen=True)
-            answers[name] = answer(run, net, tokenizer, shown)
-            del net
-            release(run)
-    part = slice(len(pairs), None) if eval_pairs else slice(len(final))
-    models = {"reference": ref and ref[part], "guide": guide and guide[part], "policy": final}
-    on_rank_0(lambda: results.finish(out, options, tokenizer, shown, models, answers))
-    on_rank_0(lambda: report.write(out))
-    say(f"the page:   {os.path.join(out, 'report.html')}", run.rank)
+    identity = on_rank_0(write_down)
+    metrics = Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank)
+    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, metrics, identity, beside)
 
 
-def lay_out(options, ranks, source, dtype, longest):
+def lay_out(options, ranks, config, dtype, longest):
     """-> the memory plan and the mesh of ranks: one shard group, or with --hsdp N copies of groups of N."""
-    group = options.hsdp or ranks.world
+    group, kind = options.hsdp or ranks.world, ranks.device.type
     if ranks.world % group:
         raise BadInput(f"--hsdp {group}: {ranks.world} ranks do not divide into groups of {group}")
-    cuda = ranks.device.type == "cuda"
-    room = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else 0
-    plan = memory.make(model.read_config(source), options, group, ranks.device.type, dtype.itemsize, longest, room)
+    room = torch.cuda.get_device_properties(ranks.device).total_memory if kind == "cuda" else 0
+    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room)
     if options.hsdp:
-        return plan, dist.init_device_mesh(
-            ranks.device.type, (ranks.world // group, group), mesh_dim_names=("copies", "shards")
-        )
-    return plan, dist.init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shards",))
+        return plan, dist.init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("copies", "shards"))
+    return plan, dist.init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shards",))
 
 
-def train_guide(run, stage, source):
-    """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. -> its directory and digest."""
+def train_guide(run, inputs, ref):
+    """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. Returns its directory."""
     directory = os.path.join(run.out, "guide")
     if new := not on_rank_0(lambda: results.has_guide(run.out)):
-        guide, _ = train(run, stage, source)
-        export(run, guide, directory, source)
+        guide, _ = train(run, Stage("dpo", inputs.pairs, inputs.eval_pairs, ref, None), inputs.source)
+        export(run, guide, directory, inputs.source, "dpo")
         del guide
         release(run)
-    digest = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
-    on_rank_0(lambda: checkpoint.drop_stage(os.path.join(run.out, "checkpoints"), stage.loss))
-    return directory, digest
+    run.identity["guide"] = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
+    on_rank_0(lambda: checkpoint.drop_stage(checkpoints_of(run), "dpo"))
+    return directory
 
 
 def say_alpha(run, pairs, ref, guide):
     """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
-    r_hat = [tgdpo.r_hat(g, r, run.options.guide_beta) for g, r, _ in zip(guide, ref, pairs)]
-    r_hat_w = torch.cat([r[: len(pair.chosen)] for r, pair in zip(r_hat, pairs)])
-    r_hat_l = torch.cat([r[len(pair.chosen) :] for r, pair in zip(r_hat, pairs)])
-    bounds = {share: tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)}
+    lengths = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))]
+    guide, ref = (torch.cat(logps[: len(pairs)]) for logps in (guide, ref))  # [R]
+    parts = tgdpo.token_reward(guide, ref, run.options.guide_beta).split(lengths)
+    r_hat_w, r_hat_l = torch.cat(parts[0::2]), torch.cat(parts[1::2])
+    bounds = [tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)]
     say(
-        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(
-            *bounds.values()
-        ),
+        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(*bounds),
         run.rank,
     )
-    if run.options.alpha >= bounds[1.0]:
-        f = torch.cat([tgdpo.f_w(r_hat_w, run.options.alpha), tgdpo.f_l(r_hat_l, run.options.alpha)])
+    alpha = run.options.alpha
+    if alpha >= bounds[0]:
+        f = torch.cat([tgdpo.chosen_weight(r_hat_w, alpha), tgdpo.rejected_weight(r_hat_l, alpha)])
         say(
-            f"warning: with alpha {run.options.alpha} f is not positive on {(f <= 0).double().mean():.2%} of the "
-            "tokens, whose gradient turns its sign (derive.md, D13)",
+            f"warning: with alpha {alpha} f is not positive on {(f <= 0).double().mean():.2%} of the tokens, whose "
+            "gradient turns its sign (derive.md, D13)",
             run.rank,
         )
 
 
-def answer(run, net, tokenizer, pairs):
+def train_policy(run, inputs, stage):
+    """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
+    policy, logps = train(run, stage, inputs.source)
+    export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
+    if logps is None:
+        logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
+    return logps, answer(run, policy, inputs)
+
+
+def tell_results(run, inputs, logps, answers, guide_source):
+    """The end of a run: the other models' answers, the table, tokens.jsonl and the page.
+
+    logps: log-probs by model: the policy's of the pairs shown, the frozen ones' of all pairs (None: there is none)."""
+    answers = {"policy": answers}
+    for name, directory in (("guide", guide_source), ("reference", inputs.source)):
+        if directory and run.options.samples:
+            net = sharded(directory, run, frozen=True)
+            answers[name] = answer(run, net, inputs)
+            del net
+            release(run)
+    shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
+    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide")}
+    pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
+    judgements = judged(run.options, pairs, logps)
+    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))
+    if report:
+        on_rank_0(lambda: report.write(run.out))
+        say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
+
+
+def answer(run, net, inputs):
     """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text."""
+    tokenizer, pairs = inputs.tokenizer, inputs.eval_pairs or inputs.pairs
     prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[: run.options.samples]
     widest = max(map(len, prompts), default=0) + run.options.sample_tokens
     several, answers = max(1, run.plan.micro_tokens_forward // widest), []  # prompts at a time
@@ -674,7 +613,7 @@ def answer(run, net, tokenizer, pairs):
             (tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
             for prompt, ids in zip(asked, new)
         ]
-        stop_if_told(run, lambda: "the policy is exported, the answers are not done")
+        stop_if_told(run, state="the policy is exported, the answers are not done")
     net.reshard()
     return answers
 
@@ -700,28 +639,6 @@ def main(argv=None):
         return status
     finally:
         process_group.stop()
-
-
-def complain(error, rank):
-    """Tell on standard error why the run ends, on the rank that knows. Returns the exit status.
-
-    What is foreseen gets one line (several bad rows a line each), anything else its traceback."""
-    alike = isinstance(error, (BadInput, RunFailed))  # the same on all ranks
-    text, words = None, str(error) if isinstance(error, BadInput) else " ".join(str(error).split())
-    if alike or isinstance(error, OSError):
-        text = words
-        if getattr(error, "errno", None) == errno.ENOSPC and not alike:
-            text = f"{words}: the disk is full; free some of it and go on with --resume"
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in words:
-        text = f"out of memory on rank {rank}: {words}; try a smaller --micro-tokens, more ranks or --cpu-offload"
-    elif isinstance(error, dist.DistError) or "gloo" in words:
-        text = (
-            f"rank {rank} has lost the others: one of them has ended, which tells why, or was silent for "
-            f"--timeout-minutes: {words}; --resume goes on from the last checkpoint"
-        )
-    if rank == getattr(error, "rank", 0 if alike else rank):
-        tell(f"train.py: error: {text}".replace("\n", "\n  ") if text else "".join(traceback.format_exception(error)))
-    return 2 if isinstance(error, BadInput) else 1
 
 
 if __name__ == "__main__":

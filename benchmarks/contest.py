@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
 import traceback
 
@@ -125,4 +126,4 @@ def _peak():
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

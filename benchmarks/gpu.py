@@ -146,13 +146,21 @@ def dense(q, k, v, pack, window):
         queries = q[cu_q[s] : cu_q[s + 1]]
         keys, values = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("nhd,mhd->hnm", queries, keys) / q.shape[2] ** 0.5
-        mask = transformer.causal_mask(len(queries), len(rows), window, q.device)
+        positions = torch.arange(len(rows) - len(queries), len(rows), device=q.device)
+        mask = transformer.causal_mask(positions[None], len(rows), window)[0]
         out.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~mask, -math.inf).softmax(-1), values))
     return torch.cat(out)
 
 
+def full_log_probs(hidden, weight, targets, *_):
+    """log softmax(hidden · weightᵀ)[target], the obvious way: all logits [R, V] at once."""
+    logits = hidden @ weight.t()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
 def check_log_probs(device):
-    """The chunked log-prob function, eager and compiled, against token_log_probs_plain in float64."""
+    """The chunked log-prob function, eager and compiled, against full_log_probs in float64."""
     dtype, limit = compute_type(device)
     generator, worst = torch.Generator().manual_seed(0), 0.0
     hidden, weight = torch.randn(300, 128, generator=generator), torch.randn(1031, 128, generator=generator)
@@ -160,7 +168,7 @@ def check_log_probs(device):
     grad = torch.randn(300, generator=generator).to(device)
     inputs = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    expected = (wide[0] @ wide[1].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = full_log_probs(*wide, targets)
     expected_grads = torch.autograd.grad(expected, wide, grad.double())
     for rows in (64, 1000):
         for compiled in (False, True):
@@ -471,16 +479,12 @@ def ablate(options, directory, pairs, compiled):
             "1.18",
             put={(data, "collate"): functools.partial(data.collate, share_prompt=False)},
         )
-        attempt(
-            "full logits",
-            "1, more memory",
-            put={(transformer, "token_log_probs"): lambda *given: transformer.token_log_probs_plain(*given[:3])},
-        )
+        attempt("full logits", "1, more memory", put={(transformer, "token_log_probs"): full_log_probs})
         for rows in chunks:
             attempt(
-                f"logits in chunks of {rows} rows",
+                f"logits in chunks of {rows} tokens",
                 "1; more below 2048" if not options.small else "",
-                put={(transformer, "chunk_rows"): lambda *given, rows=rows: rows},
+                put={(transformer, "chunk_tokens"): lambda *given, rows=rows: rows},
             )
         for tokens in sizes:
             attempt(f"packs of {tokens} tokens", "1; more when small", run.plan._replace(micro_tokens=tokens))

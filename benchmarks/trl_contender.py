@@ -74,7 +74,7 @@ def train(
 
 def texts(pair):
     """Prompt, chosen and rejected as the words that `tokenizer` turns into the pair's ids again."""
-    words = [["t%d" % token for token in ids] for ids in pair[:3]]
+    words = [[f"t{token}" for token in ids] for ids in pair[:3]]
     for response in words[1:]:
         response[-1] = END
     return " ".join(words[0]) + " ", " ".join(words[1]), " ".join(words[2])
@@ -82,7 +82,7 @@ def texts(pair):
 
 def tokenizer(vocab):
     """A word a token: t0, END, t2, t3, …"""
-    words = {"t%d" % token: token for token in range(vocab) if token != 1} | {END: 1}
+    words = {f"t{token}": token for token in range(vocab) if token != 1} | {END: 1}
     words_to_ids = Tokenizer(models.WordLevel(words, unk_token="t0"))
     words_to_ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words_to_ids, eos_token=END, pad_token="t0")

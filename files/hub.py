@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from files.errors import BadInput
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 # Folders hold copies in other formats, consolidated.safetensors is Mistral's second copy of the same weights.
 MODEL_SKIPPED = ["*/*", "consolidated*"]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")

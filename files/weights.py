@@ -1,26 +1,28 @@
-"""Checkpoint files: what is read is a safetensors file and stays in its directory, what is written is whole.
+"""Checkpoint files: what is read is a safetensors file and stays in its directory.
 
-model.py says which tensors a model has; here stands what any checkpoint in Hugging Face layout has in common.
+Which tensors a model has is handed in, as names and shapes; here stands what any checkpoint in Hugging Face layout
+has in common.
 """
 
 import json
-import math
 import os
-import shutil
 import stat
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from files.errors import BadInput
+from files.errors import BadInput, brief
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+FLOATS = ("BF16", "F16", "F32", "F64")
+HEAD = "lm_head.weight"
 PIECE = 1 << 20  # numbers that are read, checked or written at once
 
 
-def tensor_files(directory):
+def tensor_files(directory: str | os.PathLike) -> dict[str, str]:
     """Tensor name -> path of the safetensors file that holds it, every file checked to be one. Raises BadInput."""
     index = os.path.join(directory, INDEX)
     if os.path.exists(index):
@@ -52,9 +54,62 @@ def tensor_files(directory):
     return files
 
 
-def open_tensors(path):
-    """safe_open of a file that is what it says. safe_open maps the file; opened anew for each tensor, no more of it
-    stays in memory than that tensor."""
+def checked_files(directory: str | os.PathLike, shapes: dict[str, Sequence[int]], tied: bool) -> dict[str, str]:
+    """tensor_files of a checkpoint whose headers fit: every tensor of `shapes` (name -> shape) is there, of that shape
+    and of a float type, and no other. Reads no weights. Raises BadInput.
+
+    tied: the head is the embedding, and not in `shapes`; the checkpoint may hold it as well. So may it the frequency
+    tables of early Llamas, which are not needed."""
+    files = tensor_files(directory)
+    known = {name for name in files if name.endswith(".rotary_emb.inv_freq") or tied and name == HEAD}
+    missing, extra = sorted(shapes.keys() - files.keys()), sorted(files.keys() - shapes.keys() - known)
+    if missing:
+        hint = ", though config.json does not tie the head to the embedding" if missing == [HEAD] else ""
+        raise BadInput(f"{directory}: the tensor {missing[0]} is missing{hint}{_and_more(missing)}")
+    if extra:
+        raise BadInput(f"{directory}: the tensor {extra[0]} has no place in the model of config.json{_and_more(extra)}")
+    for path in sorted(set(files.values())):
+        with open_tensors(path) as file:
+            for name in shapes.keys() & file.keys():
+                stored = file.get_slice(name)
+                kind, there, due = stored.get_dtype(), list(stored.get_shape()), list(shapes[name])
+                if kind not in FLOATS:
+                    raise BadInput(f"{path}: {name} is of type {kind}; supported are {', '.join(FLOATS)}")
+                if there != due:
+                    raise BadInput(f"{path}: {name} has shape {there}, but config.json makes it {due}")
+    return files
+
+
+def copy_tensor(path: str, name: str, target: torch.Tensor, start: int) -> None:
+    """Fill `target`, a part of the tensor `name` that begins at `start` of its first dimension. No more than a piece
+    of the file is in memory. Raises BadInput for values that are not finite."""
+    with open_tensors(path) as file, torch.no_grad():
+        stored = file.get_slice(name)[start : start + len(target)]  # pages of the file, not yet in memory
+        for piece, goal in zip(stored.flatten().split(PIECE), target.view(-1).split(PIECE)):
+            if not bool(piece.isfinite().all()):
+                raise BadInput(
+                    f"{path}: {name} holds values that are not finite; the file is "
+                    "damaged or the training that wrote it diverged"
+                )
+            goal.copy_(piece)
+
+
+def check_tied(path: str, embedding: torch.Tensor, start: int) -> None:
+    """A head that is stored beside the embedding must be equal to it. embedding: its part from `start` on, as it was
+    read. Raises BadInput."""
+    with open_tensors(path) as file:
+        stored = file.get_slice(HEAD)[start : start + len(embedding)]
+        same = stored.shape == embedding.shape and all(
+            torch.equal(a.to(b.dtype), b.cpu())
+            for a, b in zip(stored.flatten().split(PIECE), embedding.view(-1).split(PIECE))
+        )
+    if not same:
+        raise BadInput(f"{path}: {HEAD} differs from model.embed_tokens.weight, though config.json ties them")
+
+
+def open_tensors(path: str):
+    """safe_open of a safetensors file, or BadInput that says what else it is. safe_open maps the file; opened anew for
+    each tensor, no more of it stays in memory than that tensor."""
     try:
         info = os.stat(path)
     except OSError as error:
@@ -62,28 +117,39 @@ def open_tensors(path):
     if not stat.S_ISREG(info.st_mode):
         raise BadInput(f"{path}: no regular file")
     try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    size = int.from_bytes(head[:8], "little")
-    if head.startswith(b"version https://git-lfs"):
-        raise BadInput(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`")
-    if head.lstrip()[:1] == b"<":
-        raise BadInput(f"{path}: a page of HTML or XML, not safetensors; download it again")
-    if head[:2] == b"PK" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise BadInput(f"{path}: a pickle under a safetensors name; pickles can run code and are never read")
-    if len(head) > 8 and head[8:9] == b"{" and size > HEADER_LIMIT:
-        raise BadInput(f"{path}: its header says {size} bytes, more than safetensors allows ({HEADER_LIMIT})")
-    if len(head) > 8 and head[8:9] == b"{" and 8 + size > info.st_size:
-        raise BadInput(f"{path}: truncated in its header ({info.st_size} bytes); download it again")
-    try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path}: no safetensors file, or a truncated one ({_line(error)})") from None
+        raise BadInput(f"{path}: {_what_else(path, error)}") from None
 
 
-def read_json(path):
+def _what_else(path, error):
+    """What a file is that safetensors does not open, by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            head, length = file.read(512), os.fstat(file.fileno()).st_size
+    except OSError as unread:
+        return f"cannot be read: {unread.strerror}"
+    size, begins = int.from_bytes(head[:8], "little"), head[8:9] == b"{"  # as the header of a safetensors file does
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights; run `git lfs pull`"
+    if not begins or size >= 1 << 40:  # a shorter header's size may look like what follows
+        if head.lstrip()[:1] == b"<":
+            return "a page of HTML or XML, not safetensors; download it again"
+        if head[:2] == b"PK" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            return "a pickle under a safetensors name; pickles can run code and are never read"
+    if begins and size > HEADER_LIMIT:
+        return f"its header says {size} bytes, more than safetensors allows ({HEADER_LIMIT})"
+    if begins and 8 + size > length:
+        return f"truncated in its header ({length} bytes); download it again"
+    return f"no safetensors file, or a truncated one ({brief(error)})"
+
+
+def _and_more(names):
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file. Raises BadInput."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadInput(f"{path}: no regular file")
@@ -94,78 +160,7 @@ def read_json(path):
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not JSON ({_line(error)})") from None
+        raise BadInput(f"{path}: not JSON ({brief(error)})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: no JSON object")
     return value
-
-
-def _line(error):
-    return " ".join(str(error).split())[:160]
-
-
-DTYPE_NAMES = {torch.float32: ("F32", "float32", 4), torch.bfloat16: ("BF16", "bfloat16", 2)}
-
-
-def save_model(directory, source, shapes, tensors, dtype, copies=(), shard_bytes=5 * 10**9):
-    """Write a checkpoint in Hugging Face layout: config.json, model.safetensors or shards with an index, and copies.
-
-    source: the directory whose config.json is taken over with the new dtype, or a dict that is one. shapes: name ->
-    shape of every tensor. tensors: (name, tensor) in the order of `shapes`; each is written and let go before the
-    next is asked for, so that no more than one is in memory. copies: (path, name) of files put beside them. All is
-    written into DIRECTORY.tmp and renamed at the end: a directory of that name is whole. One that stood there is
-    DIRECTORY.old until then."""
-    kind, dtype_name, width = DTYPE_NAMES[dtype]
-    config = dict(source) if isinstance(source, dict) else read_json(os.path.join(source, "config.json"))
-    config |= {"torch_dtype": dtype_name, "dtype": dtype_name}  # its name before and since transformers 4.56
-    part = directory.rstrip("/") + ".tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    for path, name in copies:
-        shutil.copyfile(path, os.path.join(part, name))
-    with open(os.path.join(part, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2, ensure_ascii=False)
-
-    sizes = {name: width * math.prod(shape) for name, shape in shapes.items()}
-    shards = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    tensors = iter(tensors)
-    for file_name, names in zip(files, shards):
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            header[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [end, end + sizes[name]]}
-            end += sizes[name]
-        header = json.dumps(header).encode()
-        header += b" " * (-len(header) % 8)
-        with open(os.path.join(part, file_name), "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name in names:
-                given, tensor = next(tensors)
-                if given != name or tuple(tensor.shape) != tuple(shapes[name]):
-                    raise ValueError(f"tensor {given} {tuple(tensor.shape)} where {name} {tuple(shapes[name])} is due")
-                for piece in tensor.detach().flatten().split(PIECE):
-                    file.write(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
-                del tensor, piece  # before the next is asked for
-            file.flush()
-            os.fsync(file.fileno())
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, names in zip(files, shards) for name in names},
-        }
-        with open(os.path.join(part, INDEX), "w", encoding="utf-8") as file:
-            json.dump(index, file, indent=2)
-    old = directory.rstrip("/") + ".old"
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.isdir(directory):
-        os.rename(directory, old)
-    os.rename(part, directory)
-    shutil.rmtree(old, ignore_errors=True)

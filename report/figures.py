@@ -1,13 +1,12 @@
-"""The report's curves, distributions and tables, as data: pure functions of metric rows and scored pairs.
+"""The report's curves, distributions and table, as data: statistics of what the run recorded.
 
-A chart is a dict {title, xlabel, series, …} that page.js draws; see `line` for a series.
-Letters: P pairs, N tokens of all responses.
+A chart is a dict {title, xlabel, x, series, …} that page.js hands to uPlot; see `chart`. A pair is report.py's
+Pair: its formulas were evaluated in the run, and nothing here evaluates one again.
 """
 
 import collections
 import math
 import unicodedata
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +14,10 @@ from report.text import percent, signed, visible
 
 MOST_POINTS = 800  # of a curve
 SIDES = ("chosen", "rejected")
+SIDE_COLOURS = (("chosen", "blue"), ("rejected", "orange"))
 NAMES = {"dpo": "DPO", "simpo": "SimPO", "tgdpo": "TGDPO"}
+KINDS = ("end token", "punctuation", "white space", "other")  # of tokens
+ROLES = {"dpo": "guide", "simpo": "guide", "tgdpo": "policy"}  # of a run's stages
 
 
 def number_of(value):
@@ -31,97 +33,105 @@ def plain_numbers(values):
     return [float(f"{v:.6g}") if v is not None and np.isfinite(v) else None for v in values]
 
 
+def chart(title, xlabel, series, **more):
+    """A chart of several series on one list of x, None where a series has no value.
+
+    series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth
+    (drawn over a pale y), low and high (a band), dash, right (the scale on the right). more: zero (the y axis
+    holds 0), note.
+    """
+    places = sorted({at for each in series for at in each["x"]})
+    for each in series:
+        for key in {"y", "smooth", "low", "high"} & set(each):
+            each[key] = plain_numbers(map(dict(zip(each["x"], each[key])).get, places))
+    series = [{key: value for key, value in each.items() if key != "x"} for each in series]
+    return {"title": title, "xlabel": xlabel, "x": plain_numbers(places), "series": series, **more}
+
+
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def line(name, colour, x, y, style="line", **more):
-    """A series of a chart. style: line, dash, dots, step (a histogram's outline), points, band (lo to hi).
-
-    colour: of page.css, blue for chosen and orange for rejected; labels: the names of points.
-    """
-    extra = {key: plain_numbers(value) if key in ("lo", "hi") else value for key, value in more.items()}
-    points = {"x": plain_numbers(x), "y": plain_numbers(y)}
-    return {"name": name, "colour": colour, "style": style} | points | extra
-
-
-def thinned(x, y):
-    """About MOST_POINTS of a long curve: of each stretch the lowest and the highest point, so spikes stay."""
-    if len(x) <= MOST_POINTS:
-        return x, y
-    keep, heights = {0, len(x) - 1}, np.array(y)
-    for part in np.array_split(np.arange(len(x)), MOST_POINTS // 2):
-        keep |= {part[heights[part].argmin()], part[heights[part].argmax()]}
-    keep = sorted(keep)
-    return [x[i] for i in keep], [y[i] for i in keep]
+def thinned(values):
+    """Places of about MOST_POINTS of a long curve: of each stretch the lowest and the highest, so spikes stay."""
+    if len(values) <= MOST_POINTS:
+        return list(range(len(values)))
+    keep, heights = {0, len(values) - 1}, np.array(values)
+    for part in np.array_split(np.arange(len(values)), MOST_POINTS // 2):
+        keep |= {int(part[heights[part].argmin()]), int(part[heights[part].argmax()])}
+    return sorted(keep)
 
 
-def curve(rows, key):
-    """(steps, values) of the rows that have a finite `key`."""
-    points = [(row["step"], number_of(row.get(key))) for row in rows]
-    points = [(step, value) for step, value in points if value is not None]
-    return thinned([step for step, _ in points], [value for _, value in points])
+def smoothed(values):
+    """The mean of each value with its neighbours, about a twentieth of the curve."""
+    window, ones = np.ones(min(len(values), len(values) // 20 + 1)), np.ones(len(values))
+    return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
 
 
-CURVES = (  # title, ((name, key of metrics.jsonl, colour), …), more of the chart
-    ("Loss", (("loss", "loss", "blue"),), {"marks": [[float(np.log(2)), "log 2"]]}),
-    ("Reward margin", (("optimised φ", "margin", "blue"), ("plain DPO", "dpo_margin", "orange")), {"zero": True}),
-    ("Accuracy (pairs with margin > 0)", (("accuracy", "accuracy", "blue"),), {"range": [0, 1]}),
+# title; key of metrics.jsonl: (name, colour, None for the stage's own); more of the chart
+CURVES = (
+    ("Accuracy: pairs with margin > 0", {"dpo_accuracy": ("plain DPO", None), "accuracy": ("optimised", "purple")}, {}),
+    ("Reward margin", {"dpo_margin": ("plain DPO", None), "margin": ("optimised", "purple")}, {"zero": True}),
     (
         "Log-ratio to the reference, summed",
-        (("chosen", "logratio_chosen", "blue"), ("rejected", "logratio_rejected", "orange")),
+        {"logratio_chosen": ("chosen", "blue"), "logratio_rejected": ("rejected", "orange")},
         {"zero": True},
     ),
-    ("Share of tokens with f ≤ 0", (("f ≤ 0", "f_nonpositive", "purple"),), {"zero": True}),
-    ("Gradient norm", (("before clipping", "grad_norm", "green"),), {"zero": True}),
-    ("Learning rate", (("learning rate", "lr", "green"),), {"zero": True}),
-    ("Tokens per second", (("tokens/s", "tokens_per_second", "green"),), {"zero": True}),
+    ("Loss", {"loss": ("loss", None)}, {}),
+    (
+        "r̂ and f in the batch: mean, least and greatest",
+        {"r_hat_mean": ("r̂", "blue"), "f_mean": ("f", "purple"), "f_nonpositive": ("share of f ≤ 0", "orange")},
+        {"zero": True},
+    ),
+    ("Gradient norm, learning rate", {"grad_norm": ("gradient norm", None), "lr": ("learning rate", "orange")}, {}),
+    ("Tokens per second", {"tokens_per_second": ("tokens/s", None)}, {"zero": True}),
 )
+TRAINING_ONLY = ("r_hat_mean", "f_mean", "f_nonpositive", "grad_norm", "lr", "tokens_per_second")
 
 
-def stage_charts(rows):
-    """The curves of one stage's rows: a list of charts, without those that have no point."""
-    train, held_out = [r for r in rows if not r.get("eval")], [r for r in rows if r.get("eval")]
-    plain = all(row.get("margin") == row.get("dpo_margin") for row in rows)  # a DPO stage optimises it
+def curve(rows, key, style, **look):
+    """The series of the rows that have a finite `key`, or None. Of a mean with extremes beside it, with a band."""
+    keys = ["step", key]
+    if key.endswith("_mean"):
+        keys += [key.replace("mean", "min"), key.replace("mean", "max")]
+    points = [[number_of(row.get(k)) for k in keys] for row in rows if bool(row.get("eval")) == (style == "dots")]
+    points = [point for point in points if None not in point]
+    if not points:
+        return None
+    x, y, *band = np.array(points, np.float64).T
+    keep = thinned(y)
+    smooth = {"smooth": smoothed(y)[keep]} if style == "line" and key != "lr" else {}
+    band = {name: values[keep] for name, values in zip(("low", "high"), band)}
+    return {"x": x[keep].tolist(), "y": y[keep], "style": style, **look, **smooth, **band}
+
+
+def curves(stages):
+    """Charts of metrics.jsonl, all stages on the same axes, those before the last one dashed."""
     charts = []
     for title, quantities, more in CURVES:
         series = []
-        if title == "Reward margin" and plain:
-            quantities = (("DPO margin", "margin", "blue"),)
-        if title == "Loss" and rows[0].get("stage") == "simpo":
-            more = {}  # with its target margin, SimPO's loss does not begin at log 2
-        for name, key, colour in quantities:
-            for label, part, style in (("training", train, "line"), ("held out", held_out, "dots")):
-                x, y = curve(part, key)
-                if x:
-                    label = f"{name}, {label}" if len(quantities) > 1 else label
-                    series.append(line(label, colour, x, y, style))
+        for stage in stages:
+            rows, last = stage["rows"], stage is stages[-1]
+            for key, (name, colour) in quantities.items():
+                if all(f"dpo_{key}" in row and row[f"dpo_{key}"] == row.get(key) for row in rows):
+                    continue  # a DPO stage optimises the plain margin
+                for part, style in (("training", "line"), ("held out", "dots")):
+                    words = [stage["role"]] * (len(stages) > 1) + [name] * (len(quantities) > 1)
+                    label = " ".join(words) + f", {part}" * (key not in TRAINING_ONLY)
+                    look = {"name": label.strip(", "), "colour": colour or ("blue" if last else "green")}
+                    found = curve(rows, key, style, **look, dash=not last, right=key == "lr")
+                    if found and (style == "line" or key not in TRAINING_ONLY):
+                        series.append(found)
+        if title == "Loss" and series and not any(row.get("stage") == "simpo" for row in stages[0]["rows"]):
+            steps = [each["x"][end] for each in series for end in (0, -1)]
+            look = {"colour": "muted", "style": "line", "dash": True}  # where training without a target margin begins
+            series.append({"name": "log 2", **look, "x": [min(steps), max(steps)], "y": [math.log(2)] * 2})
         if series:
-            charts.append({"title": title, "xlabel": "step", "series": series, **more})
-    for title, key in (("Token reward r̂ in the batch", "r_hat"), ("Weight f in the batch", "f")):
-        keys = [f"{key}_{kind}" for kind in ("mean", "std", "min", "max")]
-        part = [row for row in train if all(number_of(row.get(key)) is not None for key in keys)]
-        if part:
-            x, mean = curve(part, keys[0])
-            std = {row["step"]: row[keys[1]] for row in part}
-            low = [m - std[step] for step, m in zip(x, mean)]
-            high = [m + std[step] for step, m in zip(x, mean)]
-            charts.append(
-                {
-                    "title": title,
-                    "xlabel": "step",
-                    "series": [
-                        line("mean", "blue", x, mean),
-                        line("± one standard deviation", "blue", x, mean, "band", lo=low, hi=high),
-                        line("least", "purple", *curve(part, keys[2]), "dash"),
-                        line("greatest", "green", *curve(part, keys[3]), "dash"),
-                    ],
-                }
-            )
+            charts.append(chart(title, "step", series, **more))
     return charts
 
 
 def stages_of(rows, loss):
-    """metrics.jsonl's rows by stage, in the order of the run: list of (title, rows sorted by step).
+    """metrics.jsonl's rows by stage, in the order of the run: dicts of title, role and rows, sorted by step.
 
     loss: the run's. A resumed run writes some steps again: the last row of a step counts.
     """
@@ -136,17 +146,21 @@ def stages_of(rows, loss):
         title = NAMES.get(stage, visible(stage))
         if loss == "tgdpo":
             title = f"Stage 2: {title}" if stage == "tgdpo" else f"Stage 1: the guide, trained with {title}"
-        stages.append((title, part))
+        stages.append({"title": title, "role": ROLES.get(stage, visible(stage)), "rows": part})
     return stages
 
 
 # --- what moved -----------------------------------------------------------------------------------
 
 
-def end_token(pairs):
-    """The commonest last token of the responses: the end-of-turn token, unless most of them were cut."""
-    last = collections.Counter(r.tokens[-1] for pair in pairs for r in pair.responses)
-    return last.most_common(1)[0][0]
+def with_recorded(pairs, name):
+    """The pairs of which `name` is recorded on both sides."""
+    return [pair for pair in pairs if name in pair.chosen and name in pair.rejected]
+
+
+def gathered(pairs, name):
+    """`name` of all tokens as (chosen, rejected), each [N] in float64."""
+    return tuple(np.concatenate([getattr(pair, side)[name] for pair in pairs]).astype(np.float64) for side in SIDES)
 
 
 def kind_of(token):
@@ -165,206 +179,82 @@ def correlation(x, y):
     return float(value) if np.isfinite(value) else None
 
 
-class Tokens(NamedTuple):
-    """All tokens of all pairs, one side: arrays [N]."""
-
-    reward: np.ndarray
-    weight: np.ndarray
-    moved: np.ndarray | None
-    position: np.ndarray  # in its response: 0 the first, towards 1 the last
-    kind: np.ndarray  # 0 other, 1 punctuation, 2 white space, 3 the end token
-    text: list
-    pair: np.ndarray  # the pair's number
-
-
-KINDS = ("other", "punctuation", "white space", "end token")
-
-
-def side_tokens(pairs, side, end):
-    """The tokens of all pairs' chosen (side 0) or rejected (1) responses, as Tokens."""
-    kinds = {}
-    text, kind = [], []
-    for pair in pairs:
-        tokens = pair.responses[side].tokens
-        for token in tokens:
-            if token not in kinds:
-                kinds[token] = KINDS.index(kind_of(token))
-        text += tokens
-        kind += [kinds[token] for token in tokens]
-        if tokens[-1] == end:
-            kind[-1] = KINDS.index("end token")
-    lengths = [len(pair.responses[side].tokens) for pair in pairs]
-    join = lambda arrays: np.concatenate(arrays).astype(np.float64)
-    return Tokens(
-        join([p.reward[side] for p in pairs]),
-        join([p.weight[side] for p in pairs]),
-        join([p.moved[side] for p in pairs]) if all(p.moved for p in pairs) else None,
-        join([np.arange(length) / length for length in lengths]),
-        np.array(kind),
-        text,
-        np.repeat([pair.number for pair in pairs], lengths),
-    )
-
-
-def histogram(title, xlabel, values):
-    """values: (chosen, rejected), each [N]. The outermost half per cent falls into the end bins."""
+def histogram(title, xlabel, values, more=""):
+    """values: (chosen, rejected), each [N]; more: ends the note. The outermost half per cent is in the end bins."""
     low, high = np.quantile(np.concatenate(values), [0.005, 0.995])
-    if high <= low:
-        low, high = low - 0.5, low + 0.5
-    edges = np.linspace(low, high, 41)
+    edges = np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, low + 0.5, 41)
     series = []
-    for side, colour, part in zip(SIDES, ("blue", "orange"), values):
-        share = np.histogram(np.clip(part, low, high), edges)[0] / len(part)
-        series.append(line(side, colour, (edges[1:] + edges[:-1]) / 2, share, "step"))
-    return {"title": title, "xlabel": xlabel, "ylabel": "share of its tokens", "series": series, "zero": True}
+    for (side, colour), part in zip(SIDE_COLOURS, values):
+        bars = {"x": (edges[1:] + edges[:-1]) / 2, "y": np.histogram(part.clip(low, high), edges)[0] / len(part)}
+        series.append({"name": side, "colour": colour, "style": "bars", **bars})
+    told = [
+        f"{side} mean {signed(part.mean())}, standard deviation {part.std():.3g}" for side, part in zip(SIDES, values)
+    ]
+    return chart(title, xlabel, series, zero=True, note=f"Shares of a side's tokens: {'; '.join(told)}.{more}")
 
 
-def by_bin(where, values, edges):
-    """Bin for bin of `where`, empty ones left out: mean of where; mean, 10 % and 90 % quantile of values."""
-    index = np.clip(np.searchsorted(edges, where, "right") - 1, 0, len(edges) - 2)
-    order = np.argsort(index, kind="stable")
-    parts = np.split(order, np.searchsorted(index[order], np.arange(1, len(edges) - 1)))
-    bins = ((where[p].mean(), values[p].mean(), *np.quantile(values[p], [0.1, 0.9])) for p in parts if len(p))
-    return tuple(zip(*bins))
-
-
-def position_chart(title, sides, values):
-    """Mean of values by place in the response, with a band from the 10 % to the 90 % quantile."""
-    bins = int(np.clip(min(len(v) for v in values) // 20, 4, 20))
+def moved_by_weight(f, moved):
+    """Mean change of the log-ratio against mean f, over tokens sorted by f; both (chosen, rejected), each [N]."""
     series = []
-    for side, colour, tokens, value in zip(SIDES, ("blue", "orange"), sides, values):
-        x, mean, low, high = by_bin(tokens.position, value, np.linspace(0, 1, bins + 1))
-        x = [100 * v for v in x]
-        series += [
-            line(f"{side}, mean", colour, x, mean, "line" if side == "chosen" else "dash"),
-            line(f"{side}, 10 to 90 %", colour, x, mean, "band", lo=low, hi=high),
-        ]
-    return {"title": title, "xlabel": "place in the response, %", "series": series}
+    for s, (side, colour) in enumerate(SIDE_COLOURS):
+        parts = np.array_split(f[s].argsort(kind="stable"), min(12, len(f[s])))
+        means = {"x": [f[s][part].mean() for part in parts], "y": [moved[s][part].mean() for part in parts]}
+        series.append({"name": side, "colour": colour, "style": "line", **means})
+    note = "Mean of log π/π_ref after training; each point is a twelfth of the side's tokens."
+    return chart("Where the policy moved, by weight f", "weight f", series, zero=True, note=note)
 
 
-def scatter(sides):
-    """Change of each token's log-ratio against f: a sample of points, and the mean of all in bins of f."""
+def reward_by_length(lengths, totals, symbol):
+    """A point for each response: summed reward against length, both [P, 2]."""
+    x, y = lengths.ravel(), totals.ravel()
+    order = x.argsort(kind="stable")
     series = []
-    for side, colour, tokens in zip(SIDES, ("blue", "orange"), sides):
-        pick = np.unique(np.linspace(0, len(tokens.text) - 1, 1200).astype(int))
-        series.append(
-            line(
-                side,
-                colour,
-                tokens.weight[pick],
-                tokens.moved[pick],
-                "points",
-                labels=[f"{visible(tokens.text[i])}  (pair {tokens.pair[i]})" for i in pick],
-            )
-        )
-    for side, colour, tokens in zip(SIDES, ("blue", "orange"), sides):
-        edges = np.unique(np.quantile(tokens.weight, np.linspace(0, 1, 13)))
-        if len(edges) > 2:
-            x, mean, _, _ = by_bin(tokens.weight, tokens.moved, edges)
-            series.append(line(f"{side}, mean", colour, x, mean, "line" if side == "chosen" else "dash"))
-    return {
-        "title": "Change of a token's log-ratio against its weight f",
-        "xlabel": "weight f",
-        "ylabel": "log π/π_ref after training",
-        "series": series,
-        "zero": True,
-        "wide": True,
-    }
+    for s, (side, colour) in enumerate(SIDE_COLOURS):
+        mine = plain_numbers(np.where(order % 2 == s, y[order], np.nan))
+        series.append({"name": side, "colour": colour, "style": "points", "y": mine})
+    alone, differences = correlation(x, y), correlation(*(-np.diff(part)[:, 0] for part in (lengths, totals)))
+    note = f"Pearson correlation {signed(alone)}; of the differences, chosen less rejected, {signed(differences)}."
+    title = f"Σ {symbol} of a response by its length"
+    return {"title": title, "xlabel": "tokens", "x": plain_numbers(x[order]), "series": series, "note": note}
 
 
-def moved_section(pairs, guided, symbol):
-    """Charts, figures (label, value, note) and the table of what carries the reward; None without rewards."""
-    pairs = [pair for pair in pairs if pair.reward]
+def carriers(pairs, symbol, reward, f):
+    """The table of what carries the reward: its columns, its rows, and the end token."""
+    last = collections.Counter(getattr(pair, side)["tokens"][-1] for pair in pairs for side in SIDES)
+    end = last.most_common(1)[0][0]  # the end-of-turn token, unless most responses were cut
+    columns = ["", "", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * bool(f)
+    table = {}
+    for s, side in enumerate(SIDES):
+        responses = [getattr(pair, side)["tokens"] for pair in pairs]
+        tokens = [(token, i == len(response)) for response in responses for i, token in enumerate(response, 1)]
+        kinds = np.array(["end token" if final and token == end else kind_of(token) for token, final in tokens])
+        for kind in KINDS:
+            mine, part = kinds == kind, reward[s]
+            shares = [percent(abs(values[s][mine]).sum(), abs(values[s]).sum()) for values in (reward, f) if values]
+            mean = signed(part[mine].mean() if mine.any() else None)
+            counts = [f"{mine.sum():,}", percent(mine.sum(), len(mine))]
+            table[kind, side] = [kind, side, *counts, shares[0], mean, *shares[1:]]
+    return columns, [table[kind, side] for kind in KINDS for side in SIDES], end
+
+
+def moved_section(pairs, symbol):
+    """Charts and the table of what carries the reward; None where no pair has rewards."""
+    pairs = with_recorded(pairs, "reward")
     if not pairs:
         return None
-    sides = tuple(side_tokens(pairs, s, end_token(pairs)) for s in (0, 1))
-    who = "Guide" if guided else "Policy"
-
-    right = sum(pair.margin > 0 for pair in pairs)
-    totals = np.array([[r.sum() for r in pair.reward] for pair in pairs], np.float64)  # [P, 2]
-    lengths = np.array([[len(r.tokens) for r in pair.responses] for pair in pairs], np.float64)  # [P, 2]
-    figures = [
-        [
-            f"{who} accuracy",
-            percent(right, len(pairs)),
-            f"{right} of {len(pairs)} pairs: the chosen response has the larger Σ {symbol}",
-        ]
-    ]
-    if all(pair.moved for pair in pairs):
-        margins = [("Plain DPO margin > 0", "plain")] + [("Optimised margin φ > 0", "phi")] * guided
-        for label, name in margins:
-            above = sum(getattr(pair, name) > 0 for pair in pairs)
-            figures.append([label, percent(above, len(pairs)), f"{above} of {len(pairs)} pairs, trained"])
-    longer, larger = (-np.diff(part)[:, 0] for part in (lengths, totals))  # [P], chosen less rejected
-    figures += [
-        [
-            "Summed reward with length",
-            signed(correlation(lengths.ravel(), totals.ravel())),
-            f"Pearson correlation, {lengths.size} responses",
-        ],
-        [
-            "Margin with extra length",
-            signed(correlation(longer, larger)),
-            "Pearson correlation of the differences, chosen less rejected",
-        ],
-    ]
-    for side, tokens in zip(SIDES, sides):
-        figures.append(
-            [
-                f"Mean {symbol}, {side}",
-                signed(tokens.reward.mean()),
-                f"standard deviation {tokens.reward.std():.3g}, {len(tokens.text):,} tokens",
-            ]
-        )
-    if guided:
-        for side, tokens in zip(SIDES, sides):
-            flipped = (tokens.weight <= 0).sum()
-            reach = f"f from {tokens.weight.min():.3g} to {tokens.weight.max():.3g}".replace("-", "−")
-            figures.append([f"Tokens with f ≤ 0, {side}", percent(flipped, len(tokens.text)), reach])
-
-    columns = ["", "", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * guided
-    table = []
-    for kind in (3, 1, 2, 0):
-        for side, t in zip(SIDES, sides):
-            mine = t.kind == kind
-            table.append(
-                [
-                    KINDS[kind],
-                    side,
-                    f"{mine.sum():,}",
-                    percent(mine.sum(), len(mine)),
-                    percent(abs(t.reward[mine]).sum(), abs(t.reward).sum()),
-                    signed(t.reward[mine].mean() if mine.any() else None),
-                    percent(abs(t.weight[mine]).sum(), abs(t.weight).sum()),
-                ][: len(columns)]
-            )
-
-    rewards, weights = tuple(t.reward for t in sides), tuple(t.weight for t in sides)
-    charts = [
-        histogram(f"Distribution of {symbol}", symbol, rewards),
-        position_chart(f"{symbol} by position", sides, rewards),
-    ]
-    if guided:
-        charts += [histogram("Distribution of f", "weight f", weights), position_chart("f by position", sides, weights)]
-        if all(t.moved is not None for t in sides):
-            charts.insert(0, scatter(sides))
-    charts.append(
-        {
-            "title": "Summed reward against length",
-            "xlabel": "tokens",
-            "ylabel": f"Σ {symbol}",
-            "zero": True,
-            "series": [
-                line(
-                    side,
-                    colour,
-                    lengths[:, s],
-                    totals[:, s],
-                    "points",
-                    labels=[f"pair {pair.number}, {side}" for pair in pairs],
-                )
-                for s, (side, colour) in enumerate(zip(SIDES, ("blue", "orange")))
-            ],
-        }
+    reward = gathered(pairs, "reward")
+    f, moved = (
+        gathered(pairs, name) if len(with_recorded(pairs, name)) == len(pairs) else None for name in ("f", "moved")
     )
-    return {"charts": charts, "figures": figures, "columns": columns, "table": table, "end": visible(end_token(pairs))}
+    totals = np.array([[getattr(p, side)["reward"].sum() for side in SIDES] for p in pairs], np.float64)  # [P, 2]
+    lengths = np.array([[len(getattr(p, side)["tokens"]) for side in SIDES] for p in pairs], np.float64)  # [P, 2]
+    charts = [histogram(f"Distribution of {symbol}", symbol, reward)]
+    if f:
+        flipped = [percent((part <= 0).sum(), len(part)) for part in f]
+        more = f" f ≤ 0: {flipped[0]} of the chosen tokens, {flipped[1]} of the rejected."
+        charts.append(histogram("Distribution of f", "weight f", f, more))
+    if f and moved:
+        charts.append(moved_by_weight(f, moved))
+    charts.append(reward_by_length(lengths, totals, symbol))
+    columns, table, end = carriers(pairs, symbol, reward, f)
+    return {"charts": charts, "columns": columns, "table": table, "end": visible(end)}

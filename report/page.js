@@ -1,20 +1,11 @@
-"use strict";
-// Draws the page from the JSON beside this script. Text reaches the page through text nodes alone.
+// Draws the page from the JSON beside this script; charts by uPlot, which stands in front of it. Text reaches the
+// page through text nodes alone.
 const data = JSON.parse(document.getElementById("data").textContent);
-const tip = document.getElementById("tip");
-const SVG = "http://www.w3.org/2000/svg";
 
 function el(name, attributes, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes || {})) node.setAttribute(key, value);
   node.append(...children.filter(child => child !== null && child !== undefined));
-  return node;
-}
-
-function svg(name, attributes, ...children) {
-  const node = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
   return node;
 }
 
@@ -26,314 +17,160 @@ function short(value) {
 }
 
 const signed = value => (value > 0 ? "+" : "") + short(value);
-const last = list => list[list.length - 1];
-
-// --- the box that follows pointer and focus ------------------------------------------------------
-
-let anchor = null;          // gives the rectangle that the box belongs to, wherever it has been scrolled
-
-// low: on a phone the box lies at the lower or upper end of the screen instead.
-function showTip(title, rows, rect, low) {
-  tip.replaceChildren(el("div", {class: "title"}, title),
-    el("table", {}, ...rows.map(([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value)))));
-  tip.className = low ? "low" : "";
-  anchor = rect;
-  placeTip();
-}
-
-function placeTip() {
-  const rect = anchor();
-  tip.hidden = rect.bottom < 0 || rect.top > innerHeight;
-  const box = tip.getBoundingClientRect();
-  const left = Math.min(rect.left + rect.width / 2 - box.width / 2, innerWidth - box.width - 6);
-  const above = rect.top - box.height - 8, below = Math.min(rect.bottom + 8, innerHeight - box.height - 6);
-  tip.style.left = Math.max(6, left) + "px";
-  tip.style.top = (above > 6 ? above : below) + "px";
-  tip.classList.toggle("high", rect.bottom > innerHeight - box.height - 16);
-}
-
-const hideTip = () => { tip.hidden = true; };
-addEventListener("scroll", () => { if (!tip.hidden) placeTip(); }, {passive: true, capture: true});
-addEventListener("keydown", event => { if (event.key === "Escape") hideTip(); });
 
 // --- charts --------------------------------------------------------------------------------------
 
-function ticks(low, high, count) {
-  const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 2.5, 5, 10].find(m => m * power >= raw) * power;
-  const found = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step);
-  return found;
+const css = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+const pale = (colour, share) => colour + Math.round(255 * share).toString(16);   // of #rrggbb
+
+// What uPlot calls a series: a list of values with its look. Of ours, a band and a smooth line are series of their own,
+// without a line in the legend.
+function seriesOf(each) {
+  const {name: label, y, low, high, smooth, style} = each;
+  const colour = css(each.colour), scale = each.right ? "right" : "y", dash = each.dash ? [6, 4] : undefined;
+  const drawn = {label, scale, spanGaps: true, points: {show: false}}, silent = {...drawn, class: "silent"};
+  const extremes = i => low && low[i] !== null ? ` (${short(low[i])} to ${short(high[i])})` : "";
+  const look = {...drawn, colour, dash, stroke: smooth ? pale(colour, .3) : colour, width: style === "line" ? 1.5 : 1,
+    value: (u, value, _, i) => value === null || value === undefined ? "–" : short(value) + extremes(i)};
+  const dots = {show: true, size: 6, stroke: colour, fill: colour};
+  if (style === "bars") Object.assign(look, {fill: pale(colour, .25), paths: uPlot.paths.bars({size: [1]})});
+  if (style === "points") Object.assign(look, {paths: () => null, points: {...dots, width: 0, fill: pale(colour, .5)}});
+  if (style === "dots" || y.length === 1) look.points = dots;
+  const list = low ? [[high, {...silent, fills: pale(colour, .15)}], [low, silent]] : [];
+  list.push([y, look]);
+  if (smooth) list.push([smooth, {...silent, stroke: colour, width: 2, dash}]);
+  return list;
 }
 
-const stroke = series => series.style === "dash" || series.style === "dots"
-  || (series.style === "step" && series.colour === "orange") ? "stroke dash" : "stroke";
-
-// Chosen and rejected differ in shape as well as in colour.
-const dotAt = (series, x, y, r) => series.colour === "orange"
-  ? svg("rect", {x: (x - r).toFixed(1), y: (y - r).toFixed(1), width: 2 * r, height: 2 * r, class: "cloud"})
-  : svg("circle", {cx: x.toFixed(1), cy: y.toFixed(1), r, class: "cloud"});
-
-function swatch(series) {
-  const sample = svg("svg", {width: 22, height: 10, "aria-hidden": "true", class: series.colour});
-  if (series.style === "band") sample.append(svg("rect", {width: 22, height: 10, class: "area"}));
-  else if (series.style === "points") sample.append(dotAt(series, 11, 5, 3.5));
-  else sample.append(svg("path", {d: "M0 5H22", class: stroke(series)}));
-  if (series.style === "dots") sample.append(svg("circle", {cx: 11, cy: 5, r: 3, class: "dot"}));
-  return el("span", {}, sample, series.name);
-}
-
-function bounds(chart) {
-  let [x0, x1, y0, y1] = [Infinity, -Infinity, Infinity, -Infinity];
-  const reach = y => { y0 = Math.min(y0, y); y1 = Math.max(y1, y); };
-  for (const {style, x, y, lo, hi} of chart.series) {
-    const half = style === "step" ? (x[1] - x[0]) / 2 : 0;
-    for (const at of x) { x0 = Math.min(x0, at - half); x1 = Math.max(x1, at + half); }
-    for (const list of [y, lo || [], hi || []]) list.forEach(reach);
-  }
-  if (chart.zero) reach(0);
-  (chart.range || []).forEach(reach);
-  // A mark is drawn where it is near; it never squeezes the curve.
-  for (const [value] of chart.marks || []) if (Math.abs(value - y1) < (y1 - y0 || 1)) reach(value);
-  if (x0 === x1) { x0 -= 1; x1 += 1; }
-  if (y0 === 0 && y1 === 0) y1 = 1;
-  if (y0 === y1) { const pad = Math.abs(y0) / 2 || .5; y0 -= pad; y1 += pad; }
-  const pad = chart.range ? 0 : (y1 - y0) * .05;
-  return [x0, x1, y0 - (chart.zero && y0 === 0 ? 0 : pad), y1 + (chart.zero && y1 === 0 ? 0 : pad)];
-}
-
-const polyline = (xs, ys, X, Y) => xs.map((x, i) => X(x).toFixed(1) + " " + Y(ys[i]).toFixed(1)).join("L");
-
-function drawSeries(series, X, Y, halo) {
-  const {x, y, style} = series, group = svg("g", {class: series.colour});
-  if (style === "points") {
-    group.append(...x.map((at, i) => dotAt(series, X(at), Y(y[i]), 2.3)));
-  } else if (style === "band") {
-    const back = polyline([...x].reverse(), [...series.lo].reverse(), X, Y);
-    group.append(svg("path", {d: "M" + polyline(x, series.hi, X, Y) + "L" + back + "Z", class: "area"}));
-  } else if (style === "step") {
-    const half = (x[1] - x[0]) / 2, edges = x.flatMap(at => [at - half, at + half]);
-    const d = "M" + polyline(edges, y.flatMap(height => [height, height]), X, Y);
-    const ground = `L${X(last(edges))} ${Y(0)}L${X(edges[0])} ${Y(0)}Z`;
-    group.append(svg("path", {d: d + ground, class: "area"}), svg("path", {d, class: stroke(series)}));
-  } else {
-    const d = "M" + polyline(x, y, X, Y);
-    if (halo) group.append(svg("path", {d, class: "halo"}));
-    group.append(svg("path", {d, class: stroke(series)}));
-    const r = x.length > 60 ? 1.8 : 3;
-    if (style === "dots" || x.length === 1) group.append(...x.map((at, i) =>
-      svg("circle", {cx: X(at).toFixed(1), cy: Y(y[i]).toFixed(1), r, class: "dot"})));
-  }
-  return group;
+// The place nearest to i where the series has a value; i itself where that is far away.
+function nearestValue(u, series, i) {
+  const values = u.data[series];
+  for (let far = 0; far <= Math.max(4, values.length / 25); far++)
+    for (const k of [i - far, i + far]) if (values[k] !== null && values[k] !== undefined) return k;
+  return i;
 }
 
 function drawChart(plot, chart) {
-  const width = plot.clientWidth, height = chart.wide ? 300 : 210;
-  const [x0, x1, y0, y1] = bounds(chart);
-  const heights = ticks(y0, y1, 5), labels = heights.map(short);
-  const left = 12 + 7 * Math.max(0, ...labels.map(label => label.length)), right = width - 12;
-  const top = chart.ylabel ? 22 : 10, floor = height - 36;
-  const X = x => left + (x - x0) / (x1 - x0) * (right - left);
-  const Y = y => floor - (y - y0) / (y1 - y0) * (floor - top);
-  const drawing = svg("svg", {viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "img",
-    "aria-label": summary(chart)});
-  const line = (kind, x1, x2, y1, y2) => drawing.append(svg("line", {x1, x2, y1, y2, class: kind}));
-  const text = (words, x, y, anchor) => drawing.append(svg("text", {x, y, "text-anchor": anchor}, words));
-  heights.forEach((tick, i) => {
-    line(Math.abs(tick) < 1e-12 ? "axis" : "gridline", left, right, Y(tick), Y(tick));
-    text(labels[i], left - 6, Y(tick) + 4, "end");
-  });
-  line("axis", left, right, floor, floor);
-  for (const tick of ticks(x0, x1, Math.max(2, Math.floor(width / 70)))) {
-    if (chart.xlabel === "step" && !Number.isInteger(tick)) continue;
-    line("axis", X(tick), X(tick), floor, floor + 4);
-    text(short(tick), X(tick), floor + 16, "middle");
-  }
-  text(chart.xlabel, right, height - 4, "end");
-  if (chart.ylabel) text(chart.ylabel, 4, 12, "start");
-  for (const [value, name] of chart.marks || []) if (value >= y0 && value <= y1) {
-    line("mark", left, right, Y(value), Y(value));
-    text(name, right, Y(value) - 4, "end");
-  }
-  const order = ["band", "points", "step", "line", "dash", "dots"];
-  for (const series of [...chart.series].sort((a, b) => order.indexOf(a.style) - order.indexOf(b.style)))
-    drawing.append(drawSeries(series, X, Y, chart.wide));
-  plot.replaceChildren(drawing);
-  follow(drawing, chart, X, Y, top, floor);
-}
-
-function summary(chart) {
-  const ends = chart.series.filter(({style}) => ["line", "dash", "dots"].includes(style))
-    .map(({name, y}) => `${name} ends at ${short(last(y))}`);
-  return `${chart.title}. ${ends.join(", ")}. Arrow keys read it point by point.`;
-}
-
-function nearest(list, x) {
-  let best = 0;
-  list.forEach((value, i) => { if (Math.abs(value - x) < Math.abs(list[best] - x)) best = i; });
-  return best;
-}
-
-// Pointer: the nearest point of a cloud, else all curves at the nearest x. Arrow keys: from x to x.
-function follow(drawing, chart, X, Y, top, floor) {
-  const clouds = chart.series.filter(series => series.style === "points");
-  const curves = chart.series.filter(series => series.style !== "points");
-  const read = curves.length ? curves : clouds;
-  const stops = [...new Set(read.flatMap(series => series.x))].sort((a, b) => a - b);
-  const cross = svg("line", {y1: top, y2: floor, class: "cross", visibility: "hidden"});
-  drawing.append(cross);
-  let at = -1;
-
-  const spot = (x, top, bottom) => () => {          // a rectangle of the drawing, in the window
-    const box = drawing.getBoundingClientRect();
-    return {left: box.left + x, width: 0, top: box.top + top, bottom: box.top + bottom};
+  const lists = chart.series.map(seriesOf).flat(), flat = lists.map(([, look]) => look);
+  const bands = flat.flatMap(({fills}, i) => fills ? [{series: [i + 1, i + 2], fill: fills}] : []);
+  const axis = {stroke: css("muted"), font: "11.5px system-ui, sans-serif", grid: {stroke: css("grid"), width: 1},
+    ticks: {stroke: css("edge"), width: 1, size: 4}};
+  const words = (u, ticks) => ticks.map(tick => ["step", "tokens"].includes(chart.xlabel) && tick % 1 ? "" : short(tick));
+  const half = chart.series[0].style === "bars" ? (chart.x[1] - chart.x[0]) / 2 : 0;
+  const end = {pad: .05, soft: 0, mode: chart.zero ? 1 : 0}, height = {min: end, max: end};   // mode 1: with 0
+  const rest = u => {                     // without a pointer, the legend of a curve tells where it ends
+    if (chart.xlabel === "step") u.setLegend({idxs: u.data.map((_, i) => nearestValue(u, i, chart.x.length - 1))});
   };
-
-  function readAt(x) {
-    const gap = stops.length > 1 ? (last(stops) - stops[0]) / 40 : 1, rows = [];
-    for (const {name, x: xs, y, lo, hi} of read) {
-      const i = nearest(xs, x);
-      const value = lo ? `${short(lo[i])} to ${short(hi[i])}` : short(y[i]);
-      if (Math.abs(xs[i] - x) <= gap) rows.push([name, value]);
-    }
-    cross.setAttribute("x1", X(x));
-    cross.setAttribute("x2", X(x));
-    cross.setAttribute("visibility", "visible");
-    showTip(`${chart.xlabel} ${short(x)}`, rows, spot(X(x), 8, floor));
-  }
-
-  function readPoint(series, i) {
-    const x = series.x[i], y = series.y[i];
-    cross.setAttribute("visibility", "hidden");
-    showTip(quoted(series.labels[i]), [["", series.name], [chart.xlabel, short(x)], [chart.ylabel, short(y)]],
-      spot(X(x), Y(y), Y(y)));
-  }
-
-  drawing.addEventListener("pointermove", event => {
-    const box = drawing.getBoundingClientRect();
-    const px = event.clientX - box.left, py = event.clientY - box.top;
-    let best = null, reach = 18 ** 2;
-    for (const series of clouds) series.x.forEach((x, i) => {
-      const far = (X(x) - px) ** 2 + (Y(series.y[i]) - py) ** 2;
-      if (far < reach) { reach = far; best = [series, i]; }
-    });
-    if (best) readPoint(...best);
-    else if (curves.length) readAt(stops[at = nearest(stops.map(X), px)]);
-  });
-  const leave = () => { cross.setAttribute("visibility", "hidden"); hideTip(); };
-  drawing.addEventListener("pointerleave", leave);
-  drawing.addEventListener("blur", leave);
-  drawing.addEventListener("keydown", event => {
-    const to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: stops.length - 1}[event.key];
+  const numbers = {...axis, size: 56, space: 32, values: (u, ticks) => ticks.map(short)};
+  const right = flat.some(({scale}) => scale === "right");
+  const u = new uPlot({
+    width: plot.clientWidth, height: 230, bands, series: [{label: chart.xlabel, value: (u, x) => short(x)}, ...flat],
+    axes: [{...axis, values: words, size: 30, space: 60}, numbers,
+      ...(right ? [{...numbers, scale: "right", side: 1, grid: {show: false}}] : [])],
+    scales: {x: {time: false, range: (u, low, high) => low === high ? [low - 1, high + 1] : [low - half, high + half]},
+      y: {range: height}, ...(right ? {right: {range: height}} : {})},
+    cursor: {dataIdx: nearestValue, sync: {key: chart.xlabel, scales: ["x", null]}, y: false, points: {size: 6}},
+    legend: {markers: {width: 2, stroke: (u, i) => u.series[i].colour, fill: (u, i) => u.series[i].fill || "transparent",
+      dash: (u, i) => u.series[i].dash ? "dashed" : "solid"}},
+    hooks: {setCursor: [u => { if (u.cursor.idx === null) rest(u); }], setSeries: [(u, i, {show}) => u.series.forEach((each, k) => {        // with what has no line of its own
+      if (each.label === u.series[i].label && each.show !== show) u.setSeries(k, {show});
+    })]},
+  }, [chart.x, ...lists.map(([values]) => values)], plot);
+  rest(u);
+  u.root.tabIndex = 0;
+  u.root.setAttribute("role", "group");
+  u.root.setAttribute("aria-label", `${chart.title}. Arrow keys read it point by point.`);
+  let at = -1;
+  u.root.addEventListener("keydown", event => {
+    const end = chart.x.length - 1, to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: end}[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    at = Math.max(0, Math.min(stops.length - 1, to));
-    readAt(stops[at]);
+    at = Math.max(0, Math.min(end, to));
+    u.setCursor({left: u.valToPos(chart.x[at], "x"), top: 10});
   });
+  u.root.addEventListener("blur", () => u.setCursor({left: -10, top: -10}));
+  return u;
 }
 
 function chartFigure(chart) {
   const plot = el("div", {class: "plot"});
-  let width = 0;
-  new ResizeObserver(() => {
-    if (plot.clientWidth !== width) { width = plot.clientWidth; drawChart(plot, chart); }
-  }).observe(plot);
-  return el("figure", chart.wide ? {class: "wide"} : {}, el("figcaption", {}, chart.title),
-    el("div", {class: "legend"}, ...chart.series.map(swatch)), plot);
+  let drawn = null;
+  const draw = () => {
+    if (drawn) drawn.destroy();
+    drawn = drawChart(plot, chart);
+  };
+  new ResizeObserver(() => requestAnimationFrame(() => {
+    if (!drawn || plot.clientWidth !== drawn.width) draw();
+  })).observe(plot);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  return el("figure", {}, el("figcaption", {}, chart.title), plot, el("div", {class: "note"}, chart.note || ""));
 }
 
 const charts = list => el("div", {class: "grid"}, ...list.map(chartFigure));
 
 // --- tables --------------------------------------------------------------------------------------
 
-function tableBox(title, columns, rows, kind) {
-  const head = el("thead", {}, el("tr", {}, ...columns.map(name => el("th", {scope: "col"}, name))));
-  const cell = (text, i) => i ? el("td", {}, text) : el("th", {scope: "row"}, text);
-  const body = el("tbody", {}, ...rows.map(row => el("tr", {}, ...row.map(cell))));
-  return el("div", {class: "box " + (kind || ""), tabindex: 0, role: "region", "aria-label": title},
-    el("table", {}, columns.some(name => name) ? head : null, body));
+function tableBox(title, columns, rows, kind = "") {
+  const line = (cells, scope) => el("tr", {}, ...cells.map((text, i) =>
+    el(i && scope === "row" ? "td" : "th", i && scope === "row" ? {} : {scope}, text)));
+  return el("div", {class: "box " + kind, tabindex: 0, role: "region", "aria-label": title}, el("table", {},
+    columns.some(name => name) ? el("thead", {}, line(columns, "col")) : null,
+    el("tbody", {}, ...rows.map(row => line(row, "row")))));
 }
-
-const tileGrid = tiles => el("dl", {class: "tiles"}, ...tiles.map(([label, value, note]) =>
-  el("div", {class: "card"}, el("dt", {}, label),
-    el("dd", {}, el("div", {class: "value"}, value), el("div", {class: "note"}, note)))));
 
 const fold = (open, kind, title, ...children) =>
   el("details", {class: "card " + kind, ...(open ? {open: ""} : {})}, el("summary", {}, title), ...children);
 
-// --- moving about in a list by arrow keys: one tab stop for all its items ------------------------
+// --- tokens --------------------------------------------------------------------------------------
 
+// Arrow keys walk a list, which is one tab stop for all its items.
 function rove(box, items, at, enter) {
   let current = at;
-  items.forEach((item, i) => { item.tabIndex = i === at ? 0 : -1; });
-
-  function line(direction) {            // the nearest item of the line above or below
-    const from = items[current].getBoundingClientRect(), middle = from.left + from.width / 2;
-    let best = current, score = Infinity, edge = null;
-    for (let i = current + direction; i >= 0 && i < items.length; i += direction) {
-      const to = items[i].getBoundingClientRect();
-      if (Math.abs(to.top - from.top) < 4) continue;
-      if (edge === null) edge = to.top;
-      if (Math.abs(to.top - edge) > 4) break;
-      const far = Math.abs(to.left + to.width / 2 - middle);
-      if (far < score) { score = far; best = i; }
-    }
-    return best;
-  }
-
   const forward = box.dir === "rtl" ? -1 : 1;
-  const moves = {ArrowLeft: () => current - forward, ArrowRight: () => current + forward,
-    ArrowUp: () => line(-1), ArrowDown: () => line(1), Home: () => 0, End: () => items.length - 1};
+  items.forEach((item, i) => { item.tabIndex = i === at ? 0 : -1; });
   box.addEventListener("keydown", event => {
-    if (!moves[event.key]) return;
+    const to = {ArrowLeft: current - forward, ArrowRight: current + forward, ArrowUp: current - 1,
+      ArrowDown: current + 1, Home: 0, End: items.length - 1}[event.key];
+    if (to === undefined) return;
     event.preventDefault();
-    items[Math.max(0, Math.min(items.length - 1, moves[event.key]()))].focus();
+    items[Math.max(0, Math.min(items.length - 1, to))].focus();
   });
   box.addEventListener("focusin", event => {
-    const i = items.indexOf(event.target);
-    if (i < 0) return;
     items[current].tabIndex = -1;
-    items[current = i].tabIndex = 0;
-    enter(i);
+    current = items.indexOf(event.target.closest("[role=option]"));
+    items[current].tabIndex = 0;
+    enter(current);
+  });
+  box.addEventListener("click", event => {
+    const item = event.target.closest("[role=option]");
+    if (item) item.focus({preventScroll: true});
   });
 }
-
-// --- token heat maps -----------------------------------------------------------------------------
-
-const SIDES = ["chosen", "rejected"];
-const {loss, alpha, beta, guide_beta: guideBeta} = data.settings;
 
 function unpack(text, type) {
   const bytes = Uint8Array.from(atob(text), character => character.charCodeAt(0));
   return new type(bytes.buffer);
 }
 
+const SIDES = ["chosen", "rejected"];
+const FACTS = [["reward", data.symbol, signed], ["f", "weight f", f => short(f) + (f <= 0 ? " (sign flips)" : "")],
+  ["share", "share of Σ|f|", share => (100 * share).toFixed(2) + "%"], ["ref", "log π_ref", short],
+  ["guide", "log π_guide", short], ["policy", "log π (policy)", short], ["moved", "log π/π_ref", signed]];
 const tokensOf = (record, side) => Array.from(unpack(record[side].ids, Uint32Array), id => data.pieces[id]);
+const sum = list => list.reduce((a, b) => a + b, 0);
 
-// The same arithmetic as report.py's `score`.
-function measure(record, side) {
-  const tokens = tokensOf(record, side), [ref, guide, policy] = ["ref", "guide", "policy"].map(
-    name => record[side][name] ? unpack(record[side][name], Float32Array) : null);
-  const each = formula => tokens.map((_, t) => formula(t));
-  const moved = policy && ref ? each(t => policy[t] - ref[t]) : null;
-  let reward = null, weight = null;
-  if (loss === "tgdpo" && guide && ref) {
-    reward = each(t => guideBeta * (guide[t] - ref[t]));
-    weight = reward.map(r => 1 + (side === "chosen" ? alpha : -alpha) * r);
-  } else if (loss === "dpo" && moved) reward = moved.map(m => beta * m);
-  else if (loss === "simpo" && policy) reward = each(t => beta / tokens.length * policy[t]);
-  const total = weight ? weight.reduce((sum, f) => sum + Math.abs(f), 0) : tokens.length;
-  const share = each(t => (weight ? Math.abs(weight[t]) : 1) / total);
-  return {tokens, ref, guide, policy, moved, reward, weight, share};
+// What the run recorded of a response, unpacked, and each token's share of its weights.
+function recorded(record, side) {
+  const found = {tokens: tokensOf(record, side)};
+  for (const [key] of FACTS) if (record[side][key]) found[key] = unpack(record[side][key], Float32Array);
+  if (found.f) found.share = found.f.map(f => Math.abs(f) / sum(found.f.map(Math.abs)));
+  return found;
 }
 
 // White space is marked by the style sheet, so that copied text is the text itself.
 const MARKS = {" ": "space", "\n": "line", "\t": "tab"};
-function pieceNodes(text) {
-  if (text === "") return [el("span", {class: "part"})];
-  const parts = text.split(/([ \n\t])/).filter(part => part);
-  return parts.map(part => MARKS[part] ? el("span", {class: MARKS[part]}, part) : part);
-}
+const pieceNodes = text => text === "" ? [el("span", {class: "part"})]
+  : text.split(/([ \n\t])/).filter(part => part).map(part => MARKS[part] ? el("span", {class: MARKS[part]}, part) : part);
 const quoted = text =>
   text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(part of a character)";
 
@@ -341,39 +178,25 @@ const quoted = text =>
 const gist = prompt =>
   prompt.replace(/<\|[^|]*\|>|\[\/?INST\]|<\/?s>/g, " ").replace(/\s+/g, " ").trim().slice(-110);
 
-function details(m, t) {
-  const rows = [["token", `${t + 1} of ${m.tokens.length}`]];
-  if (m.reward) rows.push([data.symbol, signed(m.reward[t])]);
-  if (m.weight) rows.push(["weight f", short(m.weight[t]) + (m.weight[t] <= 0 ? " (sign flips)" : "")]);
-  rows.push(["share of Σ|f|", (100 * m.share[t]).toFixed(2) + "%"]);
-  if (m.ref) rows.push(["log π_ref", short(m.ref[t])]);
-  if (m.guide) rows.push(["log π_guide", short(m.guide[t])]);
-  if (m.policy) rows.push(["log π (policy)", short(m.policy[t])]);
-  if (m.moved) rows.push(["log π/π_ref", signed(m.moved[t])]);
-  return rows;
-}
+const valueList = rows => rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)));
 
-const COLOURS = {
-  reward: {name: data.symbol, of: (m, t) => m.reward && m.reward[t], scale: data.reward_scale, middle: 0},
-  weight: {name: "weight f; wavy underline: f ≤ 0", of: (m, t) => m.weight && m.weight[t] - 1,
-    scale: alpha * data.reward_scale || 1, middle: 1},
-  moved: {name: "log π/π_ref of the policy", of: (m, t) => m.moved && m.moved[t],
-    scale: data.moved_scale, middle: 0},
-};
-
+// by: one of data.colours, or undefined where the run recorded nothing to colour by.
 function paint(span, m, t, by) {
-  const value = COLOURS[by].of(m, t) || 0;
-  span.style.setProperty("--m", (60 * Math.min(1, Math.abs(value) / COLOURS[by].scale)).toFixed(0) + "%");
-  const names = {more: value > 0, less: value < 0, long: m.tokens[t].length > 24,
-    flip: m.weight && m.weight[t] <= 0};
+  const value = by && m[by.key] ? m[by.key][t] - by.middle : 0;
+  span.style.setProperty("--m", (by ? 60 * Math.min(1, Math.abs(value) / by.scale) : 0).toFixed(0) + "%");
+  const names = {more: value > 0, less: value < 0, long: m.tokens[t].length > 24, flip: m.f && m.f[t] <= 0};
   span.className = ["tok", ...Object.keys(names).filter(name => names[name])].join(" ");
 }
 
 function heatMap(record, side, by) {
-  const m = measure(record, side), sum = list => list.reduce((a, b) => a + b, 0);
+  const m = recorded(record, side), known = FACTS.filter(([key]) => m[key]);
+  const facts = t => [["token", `${t + 1} of ${m.tokens.length}`],
+    ...known.map(([key, name, form]) => [name, form(m[key][t])])];
+  const totals = [["tokens", m.tokens.length], ...known.filter(([key]) => key === "reward" || key === "moved")
+    .map(([key, name]) => ["Σ " + name, signed(sum(m[key]))])];
+  if (m.f) totals.push(["f ≤ 0", m.f.filter(f => f <= 0).length]);
   const spans = m.tokens.map((token, t) => {
-    const words = details(m, t).slice(1, 3).map(row => row.join(" ")).join(", ");
-    const label = `${quoted(token)}: ${words}`;
+    const label = [quoted(token), ...facts(t).slice(1, 3).map(row => row.join(" "))].join(", ");
     const span = el("span", {role: "option", "aria-label": label}, ...pieceNodes(token));
     paint(span, m, t, by);
     return span;
@@ -382,72 +205,55 @@ function heatMap(record, side, by) {
   const box = el("div", {class: "tokens", role: "listbox", "aria-label": `${side} response, token by token`,
     dir: record[side].rtl ? "rtl" : "ltr"},
     ...spans.flatMap((span, t) => m.tokens[t].startsWith(" ") ? [el("wbr"), span] : [span]));
-  const show = t => showTip(quoted(m.tokens[t]), details(m, t), () => spans[t].getBoundingClientRect(), true);
+  const read = el("dl", {class: "sums read"});
+  const rest = () => read.replaceChildren(...valueList(totals));
+  const show = t => read.replaceChildren(el("b", {}, quoted(m.tokens[t])), ...valueList(facts(t)));
+  rest();
   rove(box, spans, 0, show);
   box.addEventListener("pointerover", event => {
     const t = spans.indexOf(event.target.closest(".tok"));
     if (t >= 0) show(t);
   });
-  box.addEventListener("click", event => {
-    const t = spans.indexOf(event.target.closest(".tok"));
-    if (t >= 0) spans[t].focus({preventScroll: true});
-  });
-  box.addEventListener("pointerleave", hideTip);
-  box.addEventListener("focusout", hideTip);
-  const facts = [`${spans.length} tokens`];
-  if (m.reward) facts.push(`Σ ${data.symbol} ${signed(sum(m.reward))}`);
-  if (m.moved) facts.push(`Σ log π/π_ref ${signed(sum(m.moved))}`);
-  if (m.weight) facts.push(`f ≤ 0: ${m.weight.filter(f => f <= 0).length}`);
-  const [name, colour] = side === "chosen" ? ["Chosen", "blue"] : ["Rejected", "orange"];
-  const title = el("h4", {class: colour}, name);
-  return {node: el("div", {class: "card"}, title, el("div", {class: "note"}, facts.join(" · ")), box),
+  for (const end of ["pointerleave", "focusout"]) box.addEventListener(end, rest);
+  const colour = side === "chosen" ? "blue" : "orange";
+  return {node: el("div", {class: "card"}, el("h4", {class: colour}, `The ${side} response`), read, box),
     recolour: to => spans.forEach((span, t) => paint(span, m, t, to))};
 }
 
-// A row of buttons of which one is pressed. names: [key, text] each.
-function choices(names, label, pressed, pick) {
+// A row of buttons, the first one pressed. names: [key, text] each.
+function choices(names, label, pick) {
   const buttons = names.map(([key, text]) => el("button", {type: "button", "data-key": key}, text));
-  const press = key => buttons.forEach(
-    button => button.setAttribute("aria-pressed", String(button.dataset.key === key)));
-  buttons.forEach((button, i) => button.addEventListener("click", () => {
-    press(names[i][0]);
-    pick(names[i][0]);
-  }));
-  press(pressed);
+  const press = at => {
+    buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === at)));
+    pick(names[at][0]);
+  };
+  buttons.forEach((button, i) => button.addEventListener("click", () => press(i)));
+  if (buttons.length) press(0);
   return el("div", {class: "group", role: "group", "aria-label": label}, ...buttons);
 }
 
 function explorer() {
-  const marks = ["▲", "▼", "✗"], members = data.classes.map(each => new Set(each.pairs)), texts = new Map();
-  let shown = null, views = [], among = "all", by = "reward";
+  const all = {name: "all", note: "", pairs: data.pairs.map(({number}) => number)}, kinds = [all, ...data.classes];
+  const marks = ["", "▲", "▼", "✗"], records = new Map(data.pairs.map(record => [record.number, record]));
+  let shown = null, views = [], among = all, by;
   const listBox = el("div", {class: "card list"}), view = el("div"), note = el("p", {class: "note"});
-  const count = el("span", {class: "muted", role: "status"});
+  const count = el("span", {class: "muted", role: "status"}), scale = el("span", {class: "scale"});
   const search = el("input", {type: "search", id: "find", placeholder: "pair number or text",
     "aria-label": "Filter pairs by number or text"});
 
-  function textOf(record) {
-    if (!texts.has(record.n)) {
-      const words = SIDES.map(side => tokensOf(record, side).join(""));
-      texts.set(record.n, [record.source, record.prompt, ...words].join("\n").toLowerCase());
-    }
-    return texts.get(record.n);
-  }
-
   function matching() {
     const wanted = search.value.trim().toLowerCase();
-    const records = new Map(data.pairs.map(record => [record.n, record]));
-    const pool = among === "all" ? data.pairs
-      : data.classes.find(each => each.name === among).pairs.map(n => records.get(n)).filter(found => found);
-    if (!wanted) return pool;
-    const exact = pool.filter(record => [String(record.n), `#${record.n}`].includes(wanted));
-    return exact.length ? exact : pool.filter(record => textOf(record).includes(wanted));
+    const pool = among.pairs.map(number => records.get(number)).filter(found => found);
+    const exact = pool.filter(({number}) => [String(number), `#${number}`].includes(wanted));
+    const text = record => [record.source, record.prompt, ...SIDES.map(side => tokensOf(record, side).join(""))];
+    return exact.length || !wanted ? (wanted ? exact : pool)
+      : pool.filter(record => text(record).join("\n").toLowerCase().includes(wanted));
   }
 
-  function option(record) {
-    const signs = marks.filter((_, i) => members[i] && members[i].has(record.n)).join("");
-    const margin = record.margins[0] === null ? "" : ` margin ${signed(record.margins[0])}`;
-    return el("div", {role: "option", "data-pair": record.n}, el("b", {}, `#${record.n} `), signs + margin,
-      el("span", {class: "snippet"}, gist(record.prompt)));
+  function option({number, margin, prompt}) {
+    const signs = marks.filter((_, i) => i && kinds[i] && kinds[i].pairs.includes(number)).join("");
+    return el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), signs,
+      margin === null ? "" : ` margin ${signed(margin)}`, el("span", {class: "snippet"}, gist(prompt)));
   }
 
   function list() {
@@ -456,61 +262,43 @@ function explorer() {
     const box = el("div", {role: "listbox", "aria-label": "Pairs"}, ...options);
     listBox.replaceChildren(found.length ? box : el("p", {class: "note"}, "No pair matches."));
     if (!found.length) return;
-    const open = i => {
+    const at = Math.max(0, found.indexOf(shown)), open = i => {
       options.forEach((each, k) => each.setAttribute("aria-selected", String(k === i)));
-      show(found[i]);
+      if (shown !== found[i]) show(shown = found[i]);
     };
-    const at = Math.max(0, found.indexOf(shown));
     rove(box, options, at, open);
-    options.forEach(each => each.addEventListener("click", () => each.focus()));
     open(at);
   }
 
   function show(record) {
-    if (shown === record) return;
-    shown = record;
     views = SIDES.map(side => heatMap(record, side, by));
-    const [margin, plain, phi] = record.margins;
+    const {margin, dpo_margin: plain, phi} = record;
     const sums = [[`Σ ${data.symbol}, chosen less rejected`, margin], ["plain DPO margin", plain]];
-    if (data.guided && margin !== null && phi !== null)
+    if (record.chosen.f && phi !== null && plain !== null)
       sums.push(["optimised margin φ", phi], ["added by the guidance", phi - plain]);
     view.replaceChildren(
-      fold(record.prompt.length < 600, "", `Pair ${record.n}: the prompt`,
+      fold(record.prompt.length < 600, "", `Pair ${record.number}: the prompt`,
         el("div", {class: "text", tabindex: 0}, record.prompt), el("div", {class: "note"}, record.source)),
-      el("dl", {class: "sums"}, ...sums.filter(([, value]) => value !== null).map(([name, value]) =>
-        el("div", {}, el("dt", {}, name), el("dd", {}, signed(value))))),
+      el("dl", {class: "sums"}, ...valueList(sums.filter(row => row[1] !== null).map(([k, v]) => [k, signed(v)]))),
       el("div", {class: "sides"}, ...views.map(each => each.node)));
   }
 
-  const low = el("span"), high = el("span"), name = el("span");
-  function recolour(to) {
-    by = to;
+  const colours = choices(data.colours.map(each => [each.key, each.name]), "Colour by", key => {
+    by = data.colours.find(each => each.key === key);
     views.forEach(each => each.recolour(by));
-    const colour = COLOURS[by];
-    low.textContent = short(colour.middle - colour.scale);
-    high.textContent = short(colour.middle + colour.scale);
-    name.textContent = colour.name;
-  }
-
-  function choose(to) {
-    among = to;
-    note.textContent = to === "all" ? "" : data.classes.find(each => each.name === to).note;
-    if (to !== "all") shown = null;         // open the class's first pair
+    scale.replaceChildren(short(by.middle - by.scale), el("span", {class: "bar"}), short(by.middle + by.scale),
+      key === "f" ? "wavy underline: f ≤ 0" : "");
+  });
+  const names = kinds.map(({name, pairs}, i) => [name, `${marks[i]} ${name} (${pairs.length})`]);
+  const classes = choices(names, "Which pairs", name => {
+    among = kinds.find(each => each.name === name);
+    note.textContent = among.note;
+    if (among !== all) shown = null;         // open the class's first pair
     list();
-  }
-
-  const classes = [["all", `all ${data.pairs.length}`],
-    ...data.classes.map((each, i) => [each.name, `${marks[i]} ${each.name} (${each.pairs.length})`])];
-  const colours = [["reward", data.symbol], ...(data.guided ? [["weight", "weight f"]] : []),
-    ...(data.pairs.some(({chosen}) => chosen.policy && chosen.ref) ? [["moved", "log π/π_ref"]] : [])];
+  });
   search.addEventListener("input", list);
-  recolour(by);
-  list();
-  return el("div", {},
-    el("div", {class: "controls"}, choices(classes, "Which pairs", among, choose), search, count), note,
-    el("div", {class: "controls"}, el("span", {class: "muted"}, "Colour by"),
-      choices(colours, "Colour by", by, recolour),
-      el("span", {class: "scale"}, low, el("span", {class: "bar"}), high, name)),
+  return el("div", {}, el("div", {class: "controls"}, classes, search, count), note,
+    by ? el("div", {class: "controls"}, el("span", {class: "muted"}, "Colour by"), colours, scale) : null,
     el("div", {class: "explorer"}, listBox, view));
 }
 
@@ -525,34 +313,25 @@ function section(id, title, ...children) {
 }
 
 document.getElementById("top").append(el("h1", {}, data.name), el("p", {class: "about"}, data.about),
-  ...data.notes.map(note => el("p", {class: "warning"}, note)), tileGrid(data.tiles));
+  ...data.notes.map(note => el("p", {class: "warning"}, note)));
 
 const evaluation = data.tables.find(each => each.id === "evaluation");
 if (evaluation) section("evaluation", "Final evaluation",
   el("div", {class: "card"}, tableBox("Final evaluation", evaluation.columns, evaluation.rows)));
 
-if (data.stages.length) section("curves", "Curves",
-  ...data.stages.flatMap(stage => [el("h3", {}, stage.title), charts(stage.charts)]));
+if (data.curves.length) section("curves", "Curves", charts(data.curves), el("p", {class: "note"},
+  "Pale: every step; strong: smoothed; dots: held out. Drag over steps to enlarge them, double-click to go back; "
+  + "a click on a name hides its curve."));
 
-const FORMULAS = {
-  tgdpo: `r̂ = ${short(guideBeta)} · log π_guide/π_ref; f = 1 + ${short(alpha)} r̂ in the chosen response `
-    + `and 1 − ${short(alpha)} r̂ in the rejected one.`,
-  dpo: "Without a guide every weight is 1; shown is the policy's implicit reward, "
-    + `${short(beta)} · log π/π_ref.`,
-  simpo: `Shown is each token's part of SimPO's reward, ${short(beta)}/|y| · log π; SimPO has no reference `
-    + "and no weights.",
-};
-if (data.pairs.length) section("tokens", "Tokens", el("p", {class: "muted"}, FORMULAS[loss],
-  " A token's share of the gradient is given as its weight's share, |f| / Σ|f| over its response: β f "
-  + "multiplies the token's ∇ log π in the gradient of the loss, and how long that vector is, a run does not "
-  + "record. Hover, tap, or walk with the arrow keys to read a token."), explorer());
+if (data.pairs.length) section("tokens", "Tokens", el("p", {class: "muted"}, data.meaning,
+  " A token's share of Σ|f| over its response is its weight's share of the gradient: f multiplies the token's ∇ log π, "
+  + "whose length a run does not record. Hover, tap, or walk with the arrow keys to read a token."), explorer());
 
-if (data.moved) section("moved", "What moved", tileGrid(data.moved.figures),
+if (data.moved) section("moved", "What moved", charts(data.moved.charts),
   el("h3", {}, "What carries the reward"), el("div", {class: "card"},
     tableBox("What carries the reward", data.moved.columns, data.moved.table, "figures"),
     el("p", {class: "note"}, `The end token is ${quoted(data.moved.end)} where it ends a response; `
-      + "punctuation is a token of punctuation and symbols alone. Shares are of all tokens of the side.")),
-  el("h3", {}, "Distributions"), charts(data.moved.charts));
+      + "punctuation is a token of punctuation and symbols alone. Shares are of all tokens of the side.")));
 
 if (data.samples.length) section("samples", "Samples", ...data.samples.map(({prompt = "", ...answers}, i) =>
   fold(i < 3, "sample", `${i + 1}: ${gist(prompt)}`, el("div", {class: "text muted", tabindex: 0}, prompt),
@@ -564,7 +343,7 @@ if (facts.length || data.command) section("run", "The run",
   data.command ? el("div", {class: "card"}, el("div", {class: "muted"}, "Made by"),
     el("pre", {}, el("code", {}, data.command))) : "",
   el("div", {class: "halves"}, ...facts.map(each => fold(each.open, "", each.title,
-    tableBox(each.title, each.columns, each.rows), each.note ? el("p", {class: "note"}, each.note) : null))));
+    tableBox(each.title, each.columns, each.rows)))));
 
 if (!links.children.length) main.append(el("p", {}, "The run has not written anything yet."));
 main.append(el("footer", {}, "Made by report/report.py from the run's directory. It needs no network."));

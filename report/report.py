@@ -7,11 +7,10 @@ directory OUT and shows what there is: each may be missing or half written. Here
 page.html, page.css and page.js beside this file are how it looks. Everything that a model or a stranger wrote
 travels as JSON and reaches the page as text nodes, its unseen characters spelled out (text.py).
 
-Per token t of a response, all from the log-probabilities of the three models:
-    r_hat = guide_beta * (guide - ref)      f_w = 1 + alpha * r_hat      f_l = 1 - alpha * r_hat
-    moved = policy - ref                    share = |f_t| / sum |f| over its response
-Without a guide, the policy's implicit reward stands in r_hat's place: beta * (policy - ref) in a dpo run,
-beta * policy / T in a simpo run, which has no reference. Letters: T tokens of one response.
+tokens.jsonl's rows hold source, prompt; chosen and rejected, each with tokens and lists of the same length: ref,
+guide, policy (log-probabilities), reward (r̂ with a guide, else the policy's implicit reward), f (the weight),
+moved (log π/π_ref of the policy); margin (summed reward, chosen less rejected), dpo_margin, phi. The run evaluated
+them. The page draws and counts them, and shows what there is where some are missing.
 """
 
 import argparse
@@ -33,37 +32,31 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))  # as a command: the folder above is where `report` is found
-from report.figures import NAMES, SIDES, moved_section, number_of, plain_numbers, stage_charts, stages_of
-from report.text import clipped, percent, right_to_left, visible, written
+from report.figures import NAMES, SIDES, curves, gathered, moved_section, number_of, stages_of, with_recorded
+from report.text import clipped, right_to_left, visible, written
 
 # What the page carries at most, so that it opens on a phone; its statistics are over everything.
-MOST_TOKENS, MOST_SAMPLES, MOST_DROPPED = 200_000, 40, 200
-DEFAULTS = {"loss": "tgdpo", "beta": 0.1, "alpha": 0.5}  # train.py's, where config.toml does not say
+MOST_TOKENS, MOST_SAMPLES = 200_000, 40
+NUMBERS = ("ref", "guide", "policy", "reward", "f", "moved")
 SYMBOLS = {"tgdpo": "r̂", "dpo": "β log π/π_ref", "simpo": "β/|y| log π"}
+MEANINGS = {
+    "tgdpo": "r̂ is the guide's token reward; the weight f is 1 + α r̂ in the chosen response, 1 − α r̂ in the rejected.",
+    "dpo": "Without a guide every weight is 1; shown is the policy's implicit reward.",
+    "simpo": "Shown is each token's part of SimPO's reward; SimPO has no reference and no weights.",
+}
 
 
-class Response(NamedTuple):
-    """One scored response of tokens.jsonl; log-probabilities in nats."""
+class Pair(NamedTuple):
+    """A row of tokens.jsonl, as the run recorded it; None or absent where it did not."""
 
-    tokens: list  # T strings
-    ref: np.ndarray | None  # [T] float32, None in a simpo run
-    guide: np.ndarray | None  # [T], None where the run has no guide
-    policy: np.ndarray | None  # [T], None while there is no trained policy
-
-
-class Scored(NamedTuple):
-    """A pair with what the page says of it. Arrays come as (chosen, rejected)."""
-
-    number: int  # from 1, its line in tokens.jsonl
+    number: int  # from 1, its line
     source: str
     prompt: str
-    responses: tuple
-    reward: tuple | None  # two [T]: r_hat, or the policy's implicit reward
-    weight: tuple  # two [T]: f_w and f_l, ones without a guide
-    moved: tuple | None  # two [T]: log pi/pi_ref of the policy
+    chosen: dict  # tokens: T strings; of NUMBERS what is recorded: [T] float32
+    rejected: dict
     margin: float | None  # summed reward, chosen less rejected
-    plain: float | None  # plain DPO margin of the policy
-    phi: float | None  # optimised margin of the policy
+    dpo_margin: float | None  # of the policy
+    phi: float | None  # the policy's optimised margin
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -71,23 +64,18 @@ class Scored(NamedTuple):
 
 def read_rows(path):
     """The objects of a .jsonl file and the number of lines that hold none. Missing: ([], 0)."""
-    rows, unread = [], 0
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     except OSError:
         return [], 0
+    rows = []
     for line in lines:
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            unread += 1
-    return rows, unread
+            continue
+    rows = [row for row in rows if isinstance(row, dict)]
+    return rows, len(lines) - len(rows)
 
 
 def read_json(path, kind):
@@ -107,85 +95,40 @@ def read_config(path):
         return {}
     while lines:
         try:
-            return flatten(tomllib.loads("\n".join(lines)), lambda key: key.replace("-", "_"))
+            return {k.replace("-", "_"): v for k, v in flatten(tomllib.loads("\n".join(lines))).items()}
         except (tomllib.TOMLDecodeError, RecursionError):
             lines.pop()
     return {}
 
 
-def flatten(table, rename=str, prefix=""):
+def flatten(table, prefix=""):
     """Nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
     for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, rename, f"{prefix}{rename(key)}.")
-        else:
-            flat[prefix + rename(key)] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def read_response(record):
-    """One side of a tokens.jsonl row. ValueError where it is not whole."""
+    """One side of a tokens.jsonl row, checked. ValueError where it is not whole."""
     tokens = record["tokens"]
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError("tokens must be strings")
-    logps = []
-    for key in ("ref", "guide", "policy"):
-        values = record.get(key)
-        if values is not None:
-            values = np.array(values, np.float64)
+    response = {"tokens": list(tokens)}
+    for name in NUMBERS:
+        if record.get(name) is not None:
+            values = np.array(record[name], np.float64)
             if values.shape != (len(tokens),) or not (abs(values) < 1e6).all():
-                raise ValueError(f"{key} does not match the tokens or is not finite")
-            values = values.astype(np.float32)
-        logps.append(values)
-    return Response(list(tokens), *logps)
+                raise ValueError(f"{name} does not match the tokens or is not finite")
+            response[name] = values.astype(np.float32)
+    return response
 
 
-def score(number, row, settings):
-    """A row of tokens.jsonl -> Scored. ValueError, KeyError or TypeError where the row is not whole."""
-    responses = tuple(read_response(row[side]) for side in SIDES)
-    loss, beta, alpha, guide_beta = (settings[key] for key in ("loss", "beta", "alpha", "guide_beta"))
-    has = {name for name in Response._fields if all(getattr(r, name) is not None for r in responses)}
-    moved = tuple(r.policy - r.ref for r in responses) if {"policy", "ref"} <= has else None
-    reward = margin = plain = phi = None
-    weight = tuple(np.ones(len(r.tokens), np.float32) for r in responses)
-    if loss == "tgdpo" and {"guide", "ref"} <= has:
-        reward = tuple(np.float32(guide_beta) * (r.guide - r.ref) for r in responses)
-        weight = (1 + np.float32(alpha) * reward[0], 1 - np.float32(alpha) * reward[1])
-    elif loss == "dpo" and moved:
-        reward = tuple(np.float32(beta) * m for m in moved)
-    elif loss == "simpo" and "policy" in has:
-        reward = tuple(np.float32(beta / len(r.tokens)) * r.policy for r in responses)
-    if reward:
-        margin = float(reward[0].sum() - reward[1].sum())
-    if moved:
-        plain = float(beta * (moved[0].sum() - moved[1].sum()))
-        phi = float(beta * ((weight[0] * moved[0]).sum() - (weight[1] * moved[1]).sum()))
-    return Scored(
-        number,
-        str(row.get("source", "")),
-        str(row.get("prompt", "")),
-        responses,
-        reward,
-        weight,
-        moved,
-        margin,
-        plain,
-        phi,
-    )
-
-
-def settings_of(config, rows):
-    """The options the formulas need, out of config.toml, with train.py's defaults where it does not say."""
-    loss = config.get("loss", rows[-1].get("stage") if rows else None)
-    settings = {"loss": loss if loss in ("tgdpo", "dpo", "simpo") else DEFAULTS["loss"]}
-    for key in ("beta", "alpha", "guide_beta"):
-        value = number_of(config.get(key))
-        known = value is not None and abs(value) < 1e6
-        settings[key] = value if known else DEFAULTS.get(key, settings.get("beta"))
-    needed = ("loss", "beta", "alpha") if settings["loss"] == "tgdpo" else ("loss", "beta")
-    settings["assumed"] = [key for key in needed if config.get(key) != settings[key]]
-    return settings
+def read_pair(number, row):
+    """A row of tokens.jsonl -> Pair. ValueError, KeyError or TypeError where the row is not whole."""
+    texts = (str(row.get(key, "")) for key in ("source", "prompt"))
+    totals = (number_of(row.get(key)) for key in ("margin", "dpo_margin", "phi"))
+    return Pair(number, *texts, *(read_response(row[side]) for side in SIDES), *totals)
 
 
 def embedded(data):
@@ -212,34 +155,22 @@ def classes_of(pairs, guided):
     if not ranked:
         return []
     who = "guide" if guided else "policy"
-    if guided and all(pair.phi is not None for pair in ranked):
-        value = lambda pair: pair.phi - pair.plain
+    if guided and all(pair.phi is not None and pair.dpo_margin is not None for pair in ranked):
+        ranked.sort(key=lambda pair: pair.phi - pair.dpo_margin)
         what = "φ less the plain DPO margin: what the weights f add to the pair's margin after training"
         names = ("helped most", "helped least")
     else:
-        value = lambda pair: pair.margin
+        ranked.sort(key=lambda pair: pair.margin)
         what = f"reward margin of the {who}: its summed reward, chosen less rejected"
         names = ("largest margin", "smallest margin")
-    ranked.sort(key=value)
     count = min(20, len(ranked) // 2, max(3, len(ranked) // 10))
-    wrong = [pair.number for pair in ranked if pair.margin <= 0]
-    return [
-        {
-            "name": names[0],
-            "note": f"The {count} pairs with the largest {what}.",
-            "pairs": [pair.number for pair in ranked[::-1][:count]],
-        },
-        {
-            "name": names[1],
-            "note": f"The {count} pairs with the smallest {what}.",
-            "pairs": [pair.number for pair in ranked[:count]],
-        },
-        {
-            "name": f"{who} got wrong",
-            "pairs": wrong,
-            "note": "Pairs whose rejected response has the larger summed reward, the widest gap first.",
-        },
-    ]
+    wrong = [pair for pair in ranked if pair.margin <= 0]
+    classes = (
+        (names[0], f"The {count} pairs with the largest {what}.", ranked[::-1][:count]),
+        (names[1], f"The {count} pairs with the smallest {what}.", ranked[:count]),
+        (f"{who} got wrong", "Pairs whose rejected response has the larger summed reward.", wrong),
+    )
+    return [{"name": name, "note": note, "pairs": [p.number for p in part]} for name, note, part in classes]
 
 
 def embedded_pairs(pairs, classes):
@@ -250,35 +181,35 @@ def embedded_pairs(pairs, classes):
     listed = {number for each in classes for number in each["pairs"]}
     room, kept = MOST_TOKENS, []
     for pair in sorted(pairs, key=lambda pair: pair.number not in listed):
-        length = sum(len(r.tokens) for r in pair.responses)
+        length = len(pair.chosen["tokens"]) + len(pair.rejected["tokens"])
         if length <= room:
             room -= length
             kept.append(pair)
-    pieces = {}
-    records = []
+    pieces, records = {}, []
     for pair in sorted(kept, key=lambda pair: pair.number):
-        record = {
-            "n": pair.number,
-            "source": clipped(pair.source, 300),
-            "prompt": clipped(pair.prompt),
-            "margins": plain_numbers([pair.margin, pair.plain, pair.phi]),
-        }
-        for side, response in zip(SIDES, pair.responses):
-            ids = [pieces.setdefault(visible(token), len(pieces)) for token in response.tokens]
-            record[side] = {"ids": packed(ids, "<u4"), "rtl": right_to_left(response.tokens)} | {
-                name: packed(getattr(response, name))
-                for name in ("ref", "guide", "policy")
-                if getattr(response, name) is not None
-            }
+        record = {key: getattr(pair, key) for key in ("number", "margin", "dpo_margin", "phi")}
+        record |= {"source": clipped(pair.source, 300), "prompt": clipped(pair.prompt)}
+        for side in SIDES:
+            response = getattr(pair, side)
+            ids = [pieces.setdefault(visible(token), len(pieces)) for token in response["tokens"]]
+            record[side] = {"ids": packed(ids, "<u4"), "rtl": right_to_left(response["tokens"])}
+            record[side] |= {name: packed(response[name]) for name in NUMBERS if name in response}
         records.append(record)
     return list(pieces), records
 
 
-def spread(pairs, name):
-    """The 98 % quantile of |values| over all tokens, the scale of the colours; 1 where there is none."""
-    values = [abs(part) for pair in pairs if getattr(pair, name) for part in getattr(pair, name)]
-    largest = float(np.quantile(np.concatenate(values), 0.98)) if values else 0.0
-    return largest if np.isfinite(largest) and largest > 0 else 1.0
+def colours_of(pairs, symbol):
+    """What the tokens may be coloured by: list of {key, name, middle, scale}, of what is recorded.
+
+    scale: the 98 % quantile of the distance from the middle, over all tokens; 1 where there is none.
+    """
+    colours = []
+    for key, name, middle in (("reward", symbol, 0), ("f", "weight f", 1), ("moved", "log π/π_ref", 0)):
+        if with_recorded(pairs, key):
+            values = gathered(with_recorded(pairs, key), key)
+            scale = float(np.quantile(abs(np.concatenate(values) - middle), 0.98))
+            colours.append({"key": key, "name": name, "middle": middle, "scale": scale or 1.0})
+    return colours
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -286,16 +217,11 @@ def spread(pairs, name):
 
 def table(name, title, columns, rows, opened=True):
     """A table of text for the page."""
-    return {
-        "id": name,
-        "title": title,
-        "open": opened,
-        "columns": [visible(str(c)) for c in columns],
-        "rows": [[written(cell) for cell in row] for row in rows],
-    }
+    columns, rows = [visible(str(c)) for c in columns], [[written(cell) for cell in row] for row in rows]
+    return {"id": name, "title": title, "open": opened, "columns": columns, "rows": rows}
 
 
-MEANINGS = {
+COUNTS = {
     "rows": "rows read",
     "kept": "pairs kept",
     "cut": "responses cut at their end",
@@ -310,47 +236,28 @@ def run_tables(run, config, dropped):
     figures = run.get("table")
     if isinstance(figures, list) and figures and all(isinstance(row, dict) for row in figures):
         columns = list(dict.fromkeys(key for row in figures for key in row))
-        tables.append(
-            table(
-                "evaluation",
-                "Final evaluation",
-                [c.replace("_", " ") for c in columns],
-                [
-                    [f"{value:.4g}" if isinstance(value, float) else value for value in map(row.get, columns)]
-                    for row in figures
-                ],
-            )
-        )
+        cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in map(row.get, columns)] for row in figures]
+        tables.append(table("evaluation", "Final evaluation", [c.replace("_", " ") for c in columns], cells))
     counts = run["data"] if isinstance(run.get("data"), dict) else {}
     if not all(isinstance(value, dict) for value in counts.values()):
         counts = {"": counts}  # one set of data; else train and eval
     counts = {name: flatten(value) for name, value in counts.items()}
     keys = dict.fromkeys(key for value in counts.values() for key in value)
-    rows = [[MEANINGS.get(key, key.replace("_", " ")), *(value.get(key) for value in counts.values())] for key in keys]
-    if rows:
+    if keys:
+        rows = [[COUNTS.get(key, key.replace("_", " ")), *(c.get(key) for c in counts.values())] for key in keys]
         tables.append(table("data", "Data", ["", *counts], rows))
     if dropped:
         # "prompt too long: 3004 tokens, at most 1800": what stands before the colon is the kind
         reasons = collections.Counter(str(row.get("reason", "?")).split(":")[0] for row in dropped)
-        tables.append(table("reasons", "Dropped, by reason", ["", ""], reasons.most_common()))
-        columns = ("file", "row", "reason")
         tables.append(
-            table(
-                "dropped",
-                f"Dropped rows ({len(dropped)})",
-                columns,
-                [[row.get(c) for c in columns] for row in dropped[:MOST_DROPPED]],
-                opened=False,
-            )
+            table("reasons", "Dropped rows, by reason (dropped.jsonl has each)", ["", ""], reasons.most_common())
         )
-        if len(dropped) > MOST_DROPPED:
-            tables[-1]["note"] = f"The first {MOST_DROPPED}; all of them are in dropped.jsonl."
-    machine = [
-        item for key in ("machine", "versions") if isinstance(run.get(key), dict) for item in flatten(run[key]).items()
-    ]
-    for name, title, items in (("machine", "Machine and versions", machine), ("settings", "Settings", config.items())):
-        if items:
-            tables.append(table(name, title, ["", ""], items, opened=name == "machine"))
+    machine = [run[key] for key in ("machine", "versions") if isinstance(run.get(key), dict)]
+    items = [item for part in machine for item in flatten(part).items()]
+    if items:
+        tables.append(table("machine", "Machine and versions", ["", ""], items))
+    if config:
+        tables.append(table("settings", "Settings", ["", ""], config.items(), opened=False))
     return tables
 
 
@@ -360,33 +267,28 @@ def gather(out_dir):
     token_rows, unread_tokens = read_rows(out_dir / "tokens.jsonl")
     dropped, _ = read_rows(out_dir / "dropped.jsonl")
     config, run = read_config(out_dir / "config.toml"), read_json(out_dir / "run.json", dict)
-    settings = settings_of(config, rows)
     pairs = []
     for number, row in enumerate(token_rows, 1):
         try:
-            pairs.append(score(number, row, settings))
+            pairs.append(read_pair(number, row))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             unread_tokens += 1
 
-    guided, symbol = settings["loss"] == "tgdpo", SYMBOLS[settings["loss"]]
-    stages, classes = stages_of(rows, settings["loss"]), classes_of(pairs, guided)
+    loss = str(config.get("loss") or (rows and rows[-1].get("stage")))
+    loss = loss if loss in NAMES else "tgdpo"
+    guided, symbol = loss == "tgdpo", SYMBOLS[loss]
+    stages, classes = stages_of(rows, loss), classes_of(pairs, guided)
     pieces, records = embedded_pairs(pairs, classes)
     notes = [
         f"{count} line(s) of {name} could not be read and are left out."
         for name, count in (("metrics.jsonl", unread_metrics), ("tokens.jsonl", unread_tokens))
         if count
     ]
-    if settings["assumed"] and pairs:
-        notes.append(
-            f"config.toml does not give {', '.join(settings['assumed'])}; assumed: "
-            + ", ".join(f"{key} {settings[key]}" for key in settings["assumed"])
-            + "."
-        )
+    if pairs and not with_recorded(pairs, "reward"):
+        notes.append("tokens.jsonl holds no rewards, so the page shows no colours and nothing of what moved.")
     if len(records) < len(pairs):
-        notes.append(
-            f"Token by token the page holds {len(records)} of the {len(pairs)} pairs; its "
-            "statistics are over all of them."
-        )
+        held = f"Token by token the page holds {len(records)} of the {len(pairs)} pairs"
+        notes.append(held + "; its statistics are over all of them.")
     samples = [
         {clipped(str(key), 60): clipped(value) for key, value in row.items() if isinstance(value, str)}
         for row in read_json(out_dir / "samples.json", list)[:MOST_SAMPLES]
@@ -394,87 +296,47 @@ def gather(out_dir):
     ]
     return {
         "name": visible(out_dir.resolve().name),
-        "about": about(config, settings, stages, out_dir),
+        "about": about(config, loss, stages, out_dir),
         "notes": notes,
-        "tiles": tiles(stages, pairs, guided),
-        "stages": [{"title": title, "charts": stage_charts(part)} for title, part in stages],
-        "settings": {key: settings[key] for key in ("loss", "beta", "alpha", "guide_beta")},
-        "guided": guided,
+        "curves": curves(stages),
         "symbol": symbol,
-        "reward_scale": spread(pairs, "reward"),
-        "moved_scale": spread(pairs, "moved"),
+        "meaning": MEANINGS[loss],
+        "colours": colours_of(pairs, symbol),
         "pieces": pieces,
         "pairs": records,
         "classes": classes,
-        "moved": moved_section(pairs, guided, symbol),
+        "moved": moved_section(pairs, symbol),
         "samples": samples,
         "tables": run_tables(run, config, dropped),
         "command": clipped(run["command"]) if isinstance(run.get("command"), str) else "",
     }
 
 
-def about(config, settings, stages, out_dir):
+def about(config, loss, stages, out_dir):
     """The line under the page's title."""
-    alpha = f", α {settings['alpha']:g}" if settings["loss"] == "tgdpo" else ""
-    parts = [f"{NAMES[settings['loss']]} with β {settings['beta']:g}{alpha}"]
+    settings = [f"{sign} {written(config[key])}" for key, sign in (("beta", "β"), ("alpha", "α")) if key in config]
+    parts = [" with ".join([NAMES[loss], *[", ".join(settings)] * bool(settings)])]
     if config.get("model"):
         parts.append(f"from {clipped(str(config['model']), 120)}")
     if stages:
-        title, rows = stages[-1]
-        stamp = (out_dir / "metrics.jsonl").stat().st_mtime
-        parts += [
-            f"{title}, step {rows[-1]['step']:g}",
-            "last written " + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp)),
-        ]
+        stamp = time.gmtime((out_dir / "metrics.jsonl").stat().st_mtime)
+        parts.append(f"{stages[-1]['title']}, step {stages[-1]['rows'][-1]['step']:g}")
+        parts.append("last written " + time.strftime("%Y-%m-%d %H:%M UTC", stamp))
     return " · ".join(parts)
-
-
-TILES = (
-    ("Accuracy", "accuracy", "{:.1%}"),
-    ("Optimised margin φ", "margin", "{:.3g}"),
-    ("Plain DPO margin", "dpo_margin", "{:.3g}"),
-    ("Loss", "loss", "{:.4g}"),
-    ("Tokens with f ≤ 0", "f_nonpositive", "{:.1%}"),
-)
-
-
-def tiles(stages, pairs, guided):
-    """The figures at the top: list of [label, value, note], out of the newest rows of the last stage."""
-    if not stages:
-        return []
-    rows, found = stages[-1][1], {}
-    for where, part in (
-        ("held out", [row for row in rows if row.get("eval")]),
-        ("training", [row for row in rows if not row.get("eval")]),
-    ):
-        for label, key, form in TILES:
-            value = number_of(part[-1].get(key)) if part else None
-            if value is not None and label not in found:
-                found[label] = [label, form.format(value), f"{where}, step {part[-1]['step']:g}"]
-    judged = [pair.margin > 0 for pair in pairs if pair.margin is not None]
-    if judged and guided:
-        right = sum(judged)
-        found["guide"] = ["Guide accuracy", percent(right, len(judged)), f"{right} of {len(judged)} pairs"]
-    return list(found.values())
 
 
 def page(data):
     """The HTML of the report. Its own script and style are the only ones its content policy lets run."""
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    read = lambda *names: "".join((HERE / name).read_text(encoding="utf-8") for name in names)
+    style, script = read("uPlot.min.css", "page.css"), read("uPlot.iife.min.js", "page.js")
     allowed = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
     policy = (
         f"default-src 'none'; script-src 'sha256-{allowed[0]}'; style-src 'sha256-{allowed[1]}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    parts = {
-        "POLICY": policy,
-        "TITLE": html.escape(data["name"]),
-        "STYLE": style,
-        "SCRIPT": script,
-        "DATA": embedded(data),
-    }
-    template = (HERE / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match.group(1)], template)
+    parts = {"POLICY": policy, "TITLE": html.escape(data["name"]), "STYLE": style, "SCRIPT": script}
+    parts["DATA"] = embedded(data)
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match.group(1)], read("page.html"))
 
 
 def write(out_dir, output=None):

@@ -7,22 +7,8 @@ import unicodedata
 
 MOST_TEXT = 4_000  # characters of a prompt or an answer that the page carries
 # Printable by category, and yet nothing is seen of them: Unicode's Default_Ignorable_Code_Point, and a blank.
-UNSEEN = {
-    0x2800,
-    0x034F,
-    0x115F,
-    0x1160,
-    0x17B4,
-    0x17B5,
-    0x180B,
-    0x180C,
-    0x180D,
-    0x180F,
-    0x3164,
-    0xFFA0,
-    *range(0xFE00, 0xFE10),
-    *range(0xE0100, 0xE01F0),
-}
+UNSEEN = {*map(ord, "\u2800\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")}
+UNSEEN |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 def visible(text):

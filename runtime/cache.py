@@ -10,14 +10,14 @@ run has another name, and its metadata must say the same. alpha and beta are no 
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from runtime.checkpoint import digests, fsync, line
+from runtime.disk import digests, line, whole
+from runtime.failures import RunFailed
 
 
 def key(parts):
@@ -27,27 +27,19 @@ def key(parts):
 
 def weights_digest(directory):
     """Hex digest of the model in `directory`: of the names and contents of *.safetensors and config.json."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    return key(digests([*files, Path(directory) / "config.json"]))
+    return key(digests([*sorted(Path(directory).glob("*.safetensors")), Path(directory) / "config.json"]))
 
 
 def write(directory, kind, key, logp):
-    """Write `logp`, float32 [R], as the cache of `kind` ("ref" or "guide"): whole or not at all.
-
-    Raises OSError, of one line, where it cannot, a full disk included; a cache that stood before stands.
-    """
+    """Writes `logp`, float32 [R], as the cache of `kind` ("ref" or "guide"). Raises RunFailed where it cannot."""
     path = _path(directory, kind, key)
-    unfinished = path.with_suffix(".tmp")
     logp = logp.detach().cpu().contiguous()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(save({"logp": logp}, {"key": key, "sha256": _digest(logp)}))
-        fsync(unfinished)
-        os.replace(unfinished, path)
-        fsync(path.parent)
+        with whole(path) as unfinished:
+            Path(unfinished).write_bytes(save({"logp": logp}, {"key": key, "sha256": _digest(logp)}))
     except OSError as failure:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"the guidance cache {path} is not written: {line(failure)}") from failure
+        raise RunFailed(f"the guidance cache {path} is not written: {line(failure)}") from failure
 
 
 def read(directory, kind, key, count, say=lambda line: None):
@@ -61,21 +53,21 @@ def read(directory, kind, key, count, say=lambda line: None):
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            logp = file.get_tensor("logp")
-    except (SafetensorError, OSError) as reason:
-        say(f"{path} is not used: {' '.join(str(reason).split())}")
-        return None
-    if metadata.get("key") != key:
-        say(f"{path} is not used: its key is {metadata.get('key')}")
-    elif logp.dtype != torch.float32 or logp.shape != (count,):
-        say(f"{path} is not used: it holds {logp.dtype} {list(logp.shape)}, not float32 [{count}]")
-    elif metadata.get("sha256") != _digest(logp):
-        say(f"{path} is not used: its log-probs are damaged, their digest is another")
-    elif not torch.isfinite(logp).all():
-        say(f"{path} is not used: not all of its log-probs are finite")
+            metadata, logp = file.metadata() or {}, file.get_tensor("logp")
+    except (SafetensorError, OSError) as failure:
+        reason = line(failure)
     else:
-        return logp
+        if metadata.get("key") != key:
+            reason = f"its key is {metadata.get('key')}"
+        elif logp.dtype != torch.float32 or logp.shape != (count,):
+            reason = f"it holds {logp.dtype} {list(logp.shape)}, not float32 [{count}]"
+        elif metadata.get("sha256") != _digest(logp):
+            reason = "its log-probs are damaged, their digest is another"
+        elif not logp.isfinite().all():
+            reason = "not all of its log-probs are finite"
+        else:
+            return logp
+    say(f"{path} is not used: {reason}")
     return None
 
 

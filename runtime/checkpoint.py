@@ -24,24 +24,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from files.errors import BadInput
-from runtime.disk import digests, fsync, line
+from runtime.disk import digests, fsync, line, put_in_place
 from runtime.failures import RunFailed
-from runtime.process_group import on_all_ranks
+from runtime.process_group import on_all_ranks, on_rank_0, rank_and_world
 
 FILE_BYTES = 2**28  # what a rank writes to one file, about: a file is put together in memory first
 
 
-class CheckpointMismatch(BadInput):
-    """A checkpoint is of other data, another model, another loss. One line that names what differs."""
-
-
 def save(directory, step, tensors, state, keep):
-    """Write `directory`/step-`step`, then delete all but the newest `keep` checkpoints. Collective.
+    """Writes `directory`/step-`step`, then deletes all but the newest `keep` checkpoints. Collective.
 
     tensors: name -> tensor, the same names on all ranks. A DTensor is written by its shards; a plain tensor
         is taken to be the same on all ranks and is written once.
@@ -49,32 +44,32 @@ def save(directory, step, tensors, state, keep):
         `random` (a list), and `step`, `world_size` and `threads`.
     Raises RunFailed on every rank when it fails on any, a full disk included.
     """
-    directory = Path(directory)
-    final, old, tmp = (directory / f"step-{step}{suffix}" for suffix in ("", ".old", ".tmp"))
+    final = Path(directory) / f"step-{step}"
+    tmp, (rank, world) = final.with_suffix(".tmp"), rank_and_world()
     try:
-        _on_rank_0(_make_room, directory, tmp, tensors)
+        on_rank_0(lambda: _make_room(tmp, tensors, world))
         on_all_ranks(lambda: _see(tmp))
-        storage = dcp.HuggingFaceStorageWriter(str(tmp), _file_of(tensors), save_distributed=True)
+        storage = dcp.HuggingFaceStorageWriter(str(tmp), _file_of(tensors, world), save_distributed=True)
         dcp.save(tensors, storage_writer=storage)
-        shares, random_states = zip(*on_all_ranks(lambda: (_sync(_share(tmp)), random_state())))
+        written, random_states = zip(*on_all_ranks(lambda: (_sync(_share(tmp)), random_state())))
+        added = {"step": step, "world_size": world, "threads": torch.get_num_threads(), "random": random_states}
         content = {
-            "state": state
-            | {"step": step, "world_size": _world_size(), "threads": torch.get_num_threads(), "random": random_states},
+            "state": state | added,
             "tensors": {name: _signature(tensor) for name, tensor in tensors.items()},
-            "files": {name: digest for share in shares for name, digest in share.items()},
+            "files": {name: digest for share in written for name, digest in share.items()},
         }
-        _on_rank_0(_put_in_place, tmp, final, old, content)
+        on_rank_0(lambda: _complete(tmp, final, content))
         tidy(final, keep)
     except (OSError, RuntimeError, CheckpointException) as failure:
-        if _rank() == 0:
+        if rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # gives a full disk its room back
-        raise RunFailed(f"{final} is not saved, those before it stand: {line(failure)}") from failure
+        raise RunFailed(f"{final} is not saved, those before it stand: {line(_cause(failure))}") from failure
 
 
 def tidy(path, keep):
-    """Keep the checkpoint at `path` and the newest others, `keep` together; delete the rest, and what killed
+    """Keeps the checkpoint at `path` and the newest others, `keep` together; deletes the rest, and what killed
     saves left. Collective."""
-    _on_rank_0(_delete_others, Path(path), keep)
+    on_rank_0(lambda: _delete_others(Path(path), keep))
 
 
 def newest(directory, say=lambda line: None):
@@ -84,15 +79,15 @@ def newest(directory, say=lambda line: None):
     A run killed between its two renames leaves step-N.old alone: then that is the checkpoint of step N.
     Changes nothing, so it may run beside a save. `say` is called with a line for each one passed over.
     """
-    return next((path for _, path in _standing(directory) if _is_whole(path, say)), None)
+    return next((path for path in _standing(directory) if _is_whole(path, say)), None)
 
 
 def read_state(path, expected=None):
     """The state that `save` was given, with what it added: `step`, `world_size`, `threads` and `random`.
 
-    Not collective, reads no tensor. Raises BadInput where state.json is not what was written, and
-    CheckpointMismatch where state["identity"] is not `expected`: dicts such as {"data": ..., "loss": "dpo"},
-    whose keys are the names used in the message.
+    Not collective, reads no tensor. Raises BadInput where state.json is not what was written, and where
+    state["identity"] is not `expected`: dicts such as {"data": ..., "loss": "dpo"}, whose keys are the names used in
+    the message.
     """
     state = _content(path)["state"]
     if expected is not None:
@@ -101,47 +96,46 @@ def read_state(path, expected=None):
 
 
 def same_run(path, there, here):
-    """Raises CheckpointMismatch, naming what differs, unless the identity `there`, at `path`, is `here`."""
+    """Raises BadInput, naming what differs, unless the identity `there`, at `path`, is `here`."""
     here = json.loads(json.dumps(here))  # as `there` was read: a tuple is a list by now
-    differ = [
-        f"{name} ({there.get(name)} there, {here.get(name)} here)"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differ:
-        raise CheckpointMismatch(
+    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if differ := [f"{name} ({there.get(name)} there, {here.get(name)} here)" for name in names]:
+        raise BadInput(
             f"{path} is of another run, these differ: {', '.join(differ)}; "
             "resume with what it was made with, or start anew with --overwrite"
         )
 
 
 def drop_stage(directory, stage):
-    """Delete the checkpoints in `directory` whose identity names `stage`: it is over, its result stands."""
-    for _, path in _standing(directory):
+    """Deletes the checkpoints in `directory` of the training whose identity says `stage`: it is over, its model is
+    exported."""
+    for path in _standing(directory):
         if _is_whole(path) and read_state(path).get("identity", {}).get("stage") == stage:
             _delete(path)
 
 
 def load(path, tensors, expected=None):
-    """Fill `tensors` in place from the checkpoint at `path`, return its state (see read_state). Collective.
+    """Fills `tensors` in place from the checkpoint at `path`. -> its state (see read_state). Collective.
 
     The number of ranks may be another than the checkpoint's. Tensors that are not asked for are left alone.
-    Every byte is checked by its digest first, each rank reading a share of the files. Raises
-    BadInput or CheckpointMismatch on every rank when anything is amiss on any.
+    Every byte is checked by its digest first, each rank reading a share of the files. Raises BadInput on every rank
+    when anything is amiss on any.
     """
     path = Path(path)
 
     def check():
         read_state(path, expected)
-        content = _content(path)
-        _check_files(path, content)
-        _check_tensors(path, content["tensors"], tensors)
+        _check_files(path, content := _content(path))
+        for name, tensor in tensors.items():
+            stored, wanted = content["tensors"].get(name), _signature(tensor)
+            if stored is None:
+                raise BadInput(f"{path} does not hold the tensor {name}")
+            if stored != wanted:
+                raise BadInput(f"{path} holds {name} as {stored}, not {wanted}")
         for name, digest in digests(_share(path)).items():
             if digest != content["files"][name]:
-                raise BadInput(
-                    f"{path / name} is damaged, its digest is not state.json's; delete "
-                    "this checkpoint to go on from the one before"
-                )
+                mend = "delete this checkpoint to go on from the one before"
+                raise BadInput(f"{path / name} is damaged, its digest is not state.json's; {mend}")
         return str(path)
 
     if len(places := set(on_all_ranks(check))) > 1:
@@ -149,7 +143,7 @@ def load(path, tensors, expected=None):
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as failure:
-        raise BadInput(f"{path} cannot be loaded: {line(failure)}") from failure
+        raise BadInput(f"{path} cannot be loaded: {line(_cause(failure))}") from failure
     return read_state(path)
 
 
@@ -168,7 +162,7 @@ def random_state():
 
 
 def set_random_state(state):
-    """Put the generators back to what `random_state` returned."""
+    """Puts the generators back to what `random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(_array(words, np.uint32).tolist()), gauss))
     name, keys, *rest = state["numpy"]
@@ -189,18 +183,18 @@ def _array(text, dtype):
 # What save does, in order.
 
 
-def _make_room(directory, tmp, tensors):
-    """Rank 0: clear what killed saves left, see that the disk has room, make `tmp`."""
+def _make_room(tmp, tensors, world):
+    """Rank 0: clears what killed saves left, sees that the disk has room, makes `tmp`."""
+    directory = tmp.parent
     directory.mkdir(parents=True, exist_ok=True)
     _delete_unfinished(directory)
     need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     # The margin: a file's header takes less than 512 bytes for a shard, and the disk has its own bookkeeping.
-    need += 512 * len(tensors) * _world_size() + need // 100 + 2**20
+    need += 512 * len(tensors) * world + need // 100 + 2**20
     free = shutil.disk_usage(directory).free
     if free < need:
-        raise OSError(
-            errno.ENOSPC, f"it takes {need / 1e9:.3f} GB and the free space in {directory} is {free / 1e9:.3f} GB"
-        )
+        room = f"it takes {need / 1e9:.3f} GB and the free space in {directory} is {free / 1e9:.3f} GB"
+        raise OSError(errno.ENOSPC, room)
     tmp.mkdir()
 
 
@@ -209,11 +203,11 @@ def _see(tmp):
         raise OSError(errno.ENOENT, f"{tmp} is not there: the output must be on storage that all nodes share")
 
 
-def _file_of(tensors):
+def _file_of(tensors, world):
     """name -> number of the file, from 1, that each rank writes its shard of the tensor to."""
     number, file, taken = {}, 1, 0
     for name, tensor in tensors.items():
-        share = tensor.numel() * tensor.itemsize // _world_size()
+        share = tensor.numel() * tensor.itemsize // world
         if taken and taken + share > FILE_BYTES:
             file, taken = file + 1, 0
         number[name] = file
@@ -223,39 +217,38 @@ def _file_of(tensors):
 
 def _share(path):
     """This rank's share of the files at `path`; of a checkpoint just written, those that it wrote itself."""
-    files = sorted(path.glob("*.safetensors"))
-    rank, world_size = _rank(), _world_size()
-    return files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
+    files, (rank, world) = sorted(path.glob("*.safetensors")), rank_and_world()
+    return files[rank * len(files) // world : (rank + 1) * len(files) // world]
 
 
 def _sync(paths):
+    """Waits until the files are on the disk. -> their digests"""
     for path in paths:
         fsync(path)
     return digests(paths)
 
 
-def _put_in_place(tmp, final, old, content):
-    """Rank 0: describe what all ranks wrote to `tmp`, and give it its name once it is on the disk."""
-    with open(tmp / "state.json", "wb") as file:
-        file.write(_seal(content))
+def _complete(tmp, final, content):
+    """Rank 0: describes what all ranks wrote to `tmp`, and gives it its name once it is on the disk."""
+    (tmp / "state.json").write_bytes(_seal(content))
     fsync(tmp / "state.json")
     fsync(tmp)
-    if _is_whole(final):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    else:
-        shutil.rmtree(final, ignore_errors=True)
-    os.rename(tmp, final)
-    fsync(final.parent)
+    if not _is_whole(final):
+        shutil.rmtree(final, ignore_errors=True)  # else it would take the place of a step-N.old that is
+    put_in_place(tmp, final)
+
+
+def _cause(failure):
+    """What failed on a rank, in place of the exception that torch's checkpoints wrap it in."""
+    return next(iter(failure.failures.values()))[0] if isinstance(failure, CheckpointException) else failure
 
 
 def _delete_others(path, keep):
     _delete_unfinished(path.parent)
-    standing = _standing(path.parent)
-    kept = {number for number, other in standing if other == path}
-    for number, other in standing:
-        if other != path and number not in kept and len(kept) < keep and _is_whole(other):
-            kept.add(number)
+    kept = {path.stem}
+    for other in _standing(path.parent):
+        if other.stem not in kept and len(kept) < keep and _is_whole(other):
+            kept.add(other.stem)
         elif other != path:
             _delete(other)
 
@@ -276,12 +269,10 @@ def _delete(path):
 
 
 def _standing(directory):
-    """[(step, path)] of all that is not .tmp, the newest first, step-N before step-N.old."""
-    found = []
-    for path in Path(directory).glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)(\.old)?", path.name):
-            found.append((int(match[1]), match[2] is None, path))
-    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+    """The paths of all that is not .tmp, the newest first, step-N before step-N.old."""
+    named = [(re.fullmatch(r"step-(\d+)(\.old)?", path.name), path) for path in Path(directory).glob("step-*")]
+    found = sorted([(int(match[1]), match[2] is None, path) for match, path in named if match], reverse=True)
+    return [path for _, _, path in found]
 
 
 def _is_whole(path, say=lambda line: None):
@@ -320,34 +311,9 @@ def _check_files(path, content):
     listed = {name: file["size"] for name, file in content["files"].items()}
     for name in sorted(there.keys() | listed.keys()):
         if there.get(name) != listed.get(name):
-            raise BadInput(
-                f"{path} is not whole: {name} has {there.get(name, 'no')} bytes, "
-                f"by its state.json {listed.get(name, 'no')}"
-            )
+            size, wanted = there.get(name, "no"), listed.get(name, "no")
+            raise BadInput(f"{path} is not whole: {name} has {size} bytes, by its state.json {wanted}")
 
 
 def _signature(tensor):
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _check_tensors(path, stored, wanted):
-    for name, tensor in wanted.items():
-        if name not in stored:
-            raise BadInput(f"{path} does not hold the tensor {name}")
-        if stored[name] != _signature(tensor):
-            raise BadInput(f"{path} holds {name} as {stored[name]}, not {_signature(tensor)}")
-
-
-# Ranks: work that fails on one of them fails on all, or the others would wait for it until they time out.
-
-
-def _rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _on_rank_0(work, *arguments):
-    on_all_ranks(lambda: work(*arguments) if _rank() == 0 else None)

@@ -1,5 +1,6 @@
 """Room on the disk, and files that stand there whole or not at all."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -7,24 +8,66 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-
-
-class NoSpace(OSError):
-    """The disk is too small for what is about to be written."""
+from runtime.failures import RunFailed
 
 
 def need_space(path, size, what):
-    """Raises NoSpace unless the disk of `path`, which need not exist yet, has `size` bytes for `what`."""
+    """Raises RunFailed unless the disk of `path`, which need not exist yet, has `size` bytes for `what`."""
     path = os.path.abspath(path)
     while not os.path.exists(path):
         path = os.path.dirname(path)
     free = shutil.disk_usage(path).free
     if free < size:
-        raise NoSpace(
+        raise RunFailed(
             f"the disk that holds {path} has {free / 1e9:.2f} GB free; {what} needs "
             f"{size / 1e9:.2f} GB; free some, or give another --out"
         )
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Gives PATH.tmp, where the block writes a file or a directory; at its end that is on the disk and has the name
+    `path`. Where the block fails or is killed, what stood at `path` before still stands (a directory, if the kill
+    falls between two renames, as PATH.old)."""
+    tmp = f"{path}.tmp"
+    remove(tmp)
+    try:
+        yield tmp
+        for written in (*Path(tmp).rglob("*"), tmp):
+            fsync(written)
+        put_in_place(tmp, path)
+    except BaseException:
+        remove(tmp)
+        raise
+
+
+def put_in_place(tmp, path):
+    """Renames `tmp`, which is on the disk, to `path`; a directory that stands there is PATH.old until that is done."""
+    old = f"{path}.old" if os.path.isdir(path) else None
+    if old:
+        remove(old)
+        os.rename(path, old)
+    os.rename(tmp, path)
+    fsync(os.path.dirname(os.path.abspath(path)))
+    if old:
+        remove(old)
+
+
+def remove(path):
+    """Removes a file, a link or a directory with all in it, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
+def fsync(path):
+    """Waits until the file or directory at `path` is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def digests(paths):
@@ -35,24 +78,12 @@ def digests(paths):
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return {"size": file.tell(), "sha256": sha256}
 
-    paths = [Path(path) for path in paths]
     with ThreadPoolExecutor(4) as threads:
-        return dict(zip([path.name for path in paths], threads.map(digest, paths)))
-
-
-def fsync(path):
-    """Wait until the file or directory at `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return dict(zip([os.path.basename(path) for path in paths], threads.map(digest, paths)))
 
 
 def line(failure):
     """What happened, in one line; a full disk in those words."""
-    if isinstance(failure, CheckpointException):
-        failure = next(iter(failure.failures.values()))[0]
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {failure.strerror}"
     return " ".join(str(failure).split()) or type(failure).__name__

@@ -1,6 +1,7 @@
 """How much arithmetic a pair takes, how much a GPU could do, and how fast a run is."""
 
 import resource
+import sys
 import time
 
 import torch
@@ -42,6 +43,11 @@ def peak_flops(device_name):
     return next((peak for name, peak in PEAKS.items() if f" {name} " in words), None)
 
 
+def peak_resident():
+    """The most memory that this process has had, in bytes: macOS counts in bytes, Linux in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def speed(device, world, pairs, began, trained=None):
     """Throughput of what began at `began` (time.perf_counter()) on `world` devices and saw `pairs` (data.Pair). Tokens
     are counted the same for every method: 2 P + C + R. trained: the Config of the model that made a training step, for
@@ -52,7 +58,7 @@ def speed(device, world, pairs, began, trained=None):
         "seconds": seconds,
         "pairs_per_second": len(pairs) / seconds,
         "tokens_per_second": sum(2 * P + C + R for P, C, R in shapes) / seconds,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": peak_resident(),
     }
     if device.type == "cuda":
         row["peak_memory"] = torch.cuda.max_memory_allocated()

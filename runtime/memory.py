@@ -6,11 +6,13 @@ What an allocator keeps of freed memory comes on top: on CPU it may more than do
 
 from typing import NamedTuple
 
+from runtime import container
+
 CPU_TOKENS = 4096  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run
 CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
-CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_rows' budgets
+CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_tokens' budgets
 GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
 TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 
@@ -33,7 +35,7 @@ class Plan(NamedTuple):
 
 def parameters(config):
     """(embedding and head, one block): numbers of parameters."""
-    C, H, K, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     block = C * (2 * H + 2 * K) * D + 3 * C * config.intermediate_size + 2 * C
     block += config.attention_bias * ((H + 2 * K) * D + C)
     block += config.mlp_bias * (2 * config.intermediate_size + C)
@@ -68,25 +70,20 @@ def parts(config, world, width, tokens, recompute, cuda, compiled):
     chunk = 4 * V * tokens // chunks  # of logits: two in the forward pass; then also
     logits = max(2 * chunk, chunk + chunk // 2 * (width < 4) + 4 * V * C)  # in `width`, the head's gradient
 
-    def moment(gathered, gradients, activations, logits=0):
-        return {"gathered": gathered, "gathered gradients": gradients, "activations": activations, "logits": logits}
-
-    fullest = max(
+    summed = max(width, 4 // world)  # bytes of a gradient, or of what this rank keeps of the ranks' sum
+    gathered, gradients, activations, logits = max(
         # The head's backward pass.
-        moment(width * root + ahead, 0, saved, logits),
+        (width * root + ahead, 0, saved, logits),
         # The last block's: nothing is let go yet.
-        moment(width * (root + block) + ahead, width * V * C, saved + again + mlp),
+        (width * (root + block) + ahead, width * V * C, saved + again + mlp, 0),
         # Late in the one before: its gradients, a third of what it kept, the last one's in the sum's buffer.
-        moment(
-            width * root + max(width, 4 // world) * block + ahead,
-            width * V * C + (width + 4) * block,
-            saved - passed + kept // 3,
-        ),
-        # The end: the buffer of the sum for embedding and head, with their gradients or this rank's rows.
-        moment(0, (4 + max(width, 4 // world)) * root, 0),
-        key=lambda held: sum(held.values()),
+        (width * root + summed * block + ahead, width * V * C + (width + 4) * block, saved - passed + kept // 3, 0),
+        # The end: the buffer of the sum for embedding and head, with their gradients or this rank's shard.
+        (0, (4 + summed) * root, 0, 0),
+        key=sum,
     )
-    return {"weights": 4 * shard, "gradients": 4 * shard, "optimiser": 8 * shard} | fullest
+    held = {"weights": 4 * shard, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
+    return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
 def make(config, options, shards, device_type, width, longest, room):
@@ -114,32 +111,42 @@ def make(config, options, shards, device_type, width, longest, room):
 
 def lines(plan, world):
     """The plan for a person: one line a part, in GB."""
-    rows = [f"  {name:<20}{size / 1e9:10.3f} GB" for name, size in plan.parts.items()]
-    total = f"  {'together':<20}{sum(plan.parts.values()) / 1e9:10.3f} GB"
+    held = plan.parts | {"together": sum(plan.parts.values())}
+    sizes = [f"  {name:<20}{size / 1e9:10.3f} GB" for name, size in held.items()]
     if plan.room:
-        total += f" of the GPU's {plan.room / 1e9:.0f}"
+        sizes[-1] += f" of the GPU's {plan.room / 1e9:.0f}"
     return [
         f"memory of a rank (of {world}), planned:",
-        *rows,
-        total,
+        *sizes,
         f"micro-batches of {plan.micro_tokens} tokens, activation checkpointing {plan.recompute}, "
         f"compile {'on' if plan.compile else 'off'}",
+    ]
+
+
+def warnings(plan, ranks):
+    """On CPU, where nothing else tells: a line if the plan of `ranks` is more than this machine has for them."""
+    need, available = ranks * sum(plan.parts.values()), container.memory()
+    if plan.room or need <= available:
+        return []
+    return [
+        f"warning: the plan needs {need / 1e9:.1f} GB, this machine (or its container) has {available / 1e9:.1f} GB, "
+        "and a run that takes more is killed without a word: give a smaller --micro-tokens or a smaller model"
     ]
 
 
 def table(config, options, plan):
     """What the plan would be for other numbers of GPUs, a line each."""
     room, width = plan.room or GPU, 4 if options.dtype == "float32" else 2
-    rows = [
+    lines = [
         f"planned for GPUs of {room / 1e9:.0f} GB:",
         "    ranks   weights, gradients, optimiser   together   micro-batch   checkpointing",
     ]
     for ranks in TABLE:
         other = make(config, options, ranks, "cuda", width, plan.longest, room)
         held = other.parts.values()
-        rows.append(
+        lines.append(
             f"  {ranks:>7}{sum(list(held)[:3]) / 1e9:>29.1f} GB{sum(held) / 1e9:>8.1f} GB"
             f"{other.micro_tokens:>14}   {other.recompute}"
             + (f", more than {SHARE:.0%}" if sum(held) > SHARE * room else "")
         )
-    return rows
+    return lines

@@ -9,9 +9,12 @@ Nothing here needs torch: `python train.py --help` answers at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import json
 import math
+import operator
 import os
 import pathlib
 import re
@@ -19,10 +22,10 @@ import signal
 import sys
 import textwrap
 import tomllib
-import types
 import typing
 
-from files.errors import BadInput
+from files.errors import BadInput, brief
+from runtime.losses import LOSSES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny"
@@ -39,15 +42,14 @@ GROUPS = {
     "one at once; after SIGUSR1 it goes on.",
     "Machine": "These change speed and memory, not the method. The defaults look at the device.",
 }
-# What a loss does not read. Given all the same, it is an error: the user expects an effect that never comes.
-IGNORED = {
-    "tgdpo": ("gamma",),
-    "dpo": ("guide", "alpha", "gamma", "guide_beta"),
-    "simpo": ("guide", "alpha", "guide_beta"),
-}
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
 NOT_SAVED = ("out", "resume", "overwrite", "dry_run")
-FOLLOWS = {"guide_beta": "beta", "name": "loss"}  # the option whose value each takes where it is not given
+# What each takes from the other options where it is not given. config.toml leaves it out then, so that it still does.
+FOLLOWS = {
+    "guide_beta": lambda chosen: chosen["beta"],
+    "name": lambda chosen: chosen["loss"],
+    "max_prompt_length": lambda chosen: max(1, min(1800, chosen["max_length"] * 1800 // 2048)),
+}
 EXAMPLES = """\
 examples:
   python train.py                                   the bundled tiny example, about two minutes on a laptop
@@ -59,164 +61,155 @@ examples:
 
 A TOML file holds the same names with underscores: max_length = 1024, data = ["a.jsonl", "b.jsonl"].
 """
+BETAS = ", ".join(f"{entry.beta:g} with {name}" for name, entry in LOSSES.items())
+# What --help shows for a value; words for a value of the wrong type; the limits, and when a value is within.
+METAVARS = {int: "N", float: "X", bool: None}
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+TYPES |= {tuple: "a string or a list of strings"}
+LIMITS = {"above": ("greater than", operator.gt), "least": ("at least", operator.ge)}
+LIMITS |= {"below": ("less than", operator.lt), "most": ("at most", operator.le)}
 
 
-def _option(group, metavar, help, default, shown=None, **limits):
+def _option(group, default, help, metavar=None, **limits):
     """A field with its place in --help and its limits: above, least, below, most, choices.
 
-    shown: the default in words, where it is decided later; it then stands in --help for the value.
+    help: ends in [the default in words] where it is decided later, else --help shows the value.
     """
-    return dataclasses.field(
-        default=default, metadata={"group": group, "metavar": metavar, "help": help, "shown": shown, **limits}
-    )
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "metavar": metavar} | limits)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Every option of train.py with its type and default. None: not set, or left to the device."""
+    """Every option of train.py, its type and default. None: not set, left to the device, or not read by the loss."""
 
     model: str | None = _option(
         "Model",
-        "DIR|ID",
-        "the reference; the policy starts from it. A directory, org/name or org/name@revision",
         None,
-        "the bundled tiny model",
+        "the reference; the policy starts from it. A directory, org/name or org/name@revision [the bundled tiny model]",
+        "DIR|ID",
     )
     guide: str | None = _option(
         "Model",
-        "DIR|ID",
-        "a guide that is already trained. Without one, a first stage trains it with DPO and keeps it as OUT/guide",
         None,
-        "none",
+        "a guide that is already trained. Without one, a first stage trains it with DPO and keeps it "
+        "as OUT/guide [none]",
+        "DIR|ID",
     )
     chat_template: str | None = _option(
-        "Model", "FILE", "a jinja chat template, for tokenizers that have none", None, "the tokenizer's own"
+        "Model", None, "a jinja chat template, for tokenizers that have none [the tokenizer's own]", "FILE"
     )
 
     data: tuple[str, ...] = _option(
         "Data",
-        "FILE|ID",
-        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split",
         (),
-        "the bundled pairs",
+        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split [the bundled pairs]",
+        "FILE|ID",
     )
     eval_data: tuple[str, ...] = _option(
         "Data",
-        "FILE|ID",
-        "pairs to evaluate on, never trained on",
         (),
-        "the bundled held-out pairs with the bundled pairs, else none",
+        "pairs to evaluate on, never trained on [the bundled held-out pairs with the bundled pairs, else none]",
+        "FILE|ID",
     )
     eval_fraction: float = _option(
-        "Data", "X", "without --eval-data, hold this share of the pairs back", 0.0, least=0, below=1
+        "Data", 0.0, "without --eval-data, hold this share of the pairs back", least=0, below=1
     )
-    max_length: int = _option("Data", "N", "longest prompt and answer together, in tokens", 2048, least=2)
+    max_length: int = _option("Data", 2048, "longest prompt and answer together, in tokens", least=2)
     max_prompt_length: int | None = _option(
         "Data",
-        "N",
-        "longest prompt, in tokens; a pair with a longer one is dropped",
         None,
-        "1800, or in proportion where --max-length is below 2048",
+        "longest prompt, in tokens; a pair with a longer one is dropped "
+        "[1800, or in proportion where --max-length is below 2048]",
         least=1,
     )
-    skip_bad_rows: bool = _option("Data", None, "drop and count rows that cannot be read, instead of stopping", False)
+    skip_bad_rows: bool = _option("Data", False, "drop and count rows that cannot be read, instead of stopping")
 
-    loss: str = _option("Loss", None, "what is minimised", "tgdpo", choices=("tgdpo", "dpo", "simpo"))
+    loss: str = _option("Loss", "tgdpo", "what is minimised", choices=LOSSES)
     beta: float | None = _option(
-        "Loss", "X", "strength of the pull to the reference; SimPO's scale", None, "0.1, with simpo 2.5", above=0
+        "Loss", None, f"strength of the pull to the reference; SimPO's scale [{BETAS}]", above=0
     )
-    alpha: float | None = _option(
-        "Loss", "X", "how much the guide shapes the reward of a token; 0 is DPO (tgdpo only)", None, "0.5", least=0
-    )
-    gamma: float | None = _option(
-        "Loss", "X", "SimPO's margin itself, not its ratio to beta (simpo only)", None, "1.375", least=0
-    )
-    guide_beta: float | None = _option(
-        "Loss", "X", "scale of the guide's token reward (tgdpo only)", None, "the value of --beta", above=0
-    )
+    alpha: float | None = _option("Loss", 0.5, "how much the guide shapes the reward of a token; 0 is DPO", least=0)
+    gamma: float | None = _option("Loss", 1.375, "SimPO's margin itself, not its ratio to beta", least=0)
+    guide_beta: float | None = _option("Loss", None, "scale of the guide's token reward [the value of --beta]", above=0)
 
-    lr: float = _option("Optimiser", "X", "highest learning rate", 7e-7, above=0)
-    epochs: int = _option("Optimiser", "N", "times over the pairs", 1, least=1)
-    batch_size: int = _option("Optimiser", "N", "pairs an optimiser step, over all ranks", 128, least=1)
+    lr: float = _option("Optimiser", 7e-7, "highest learning rate", above=0)
+    epochs: int = _option("Optimiser", 1, "times over the pairs", least=1)
+    batch_size: int = _option("Optimiser", 128, "pairs an optimiser step, over all ranks", least=1)
     warmup_ratio: float = _option(
-        "Optimiser", "X", "share of the steps in which the learning rate rises", 0.1, least=0, most=1
+        "Optimiser", 0.1, "share of the steps in which the learning rate rises", least=0, most=1
     )
     schedule: str = _option(
-        "Optimiser", None, "the learning rate after the warm-up", "cosine", choices=("cosine", "linear", "constant")
+        "Optimiser", "cosine", "the learning rate after the warm-up", choices=("cosine", "linear", "constant")
     )
-    weight_decay: float = _option("Optimiser", "X", "AdamW's weight decay", 0.0, least=0)
-    max_grad_norm: float = _option("Optimiser", "X", "longer gradients are scaled down to this norm", 1.0, above=0)
-    seed: int = _option("Optimiser", "N", "orders the pairs; two runs with one seed are the same", 0, least=0)
+    weight_decay: float = _option("Optimiser", 0.0, "AdamW's weight decay", least=0)
+    max_grad_norm: float = _option("Optimiser", 1.0, "longer gradients are scaled down to this norm", above=0)
+    seed: int = _option("Optimiser", 0, "orders the pairs; two runs with one seed are the same", least=0)
 
     out: str | None = _option(
-        "Output", "DIR", "everything the run writes", None, "runs/NAME, numbered so that it is new"
+        "Output", None, "everything the run writes [runs/NAME, numbered so that it is new]", "DIR"
     )
-    name: str | None = _option("Output", "NAME", "names the run where --out does not", None, "the loss")
-    eval_every: int = _option("Output", "N", "steps between evaluations; 0: only at the end of a stage", 0, least=0)
-    samples: int = _option("Output", "N", "prompts that the models answer at the end", 3, least=0)
-    sample_tokens: int = _option("Output", "N", "longest such answer, in tokens", 64, least=1)
-    report_pairs: int = _option("Output", "N", "pairs shown token by token in report.html", 200, least=0)
-    dry_run: bool = _option(
-        "Output", None, "load, check, show a pair, the steps and the memory plan; train nothing", False
-    )
+    name: str | None = _option("Output", None, "names the run where --out does not [the loss]", "NAME")
+    eval_every: int = _option("Output", 0, "steps between evaluations; 0: only at the end of a stage", least=0)
+    samples: int = _option("Output", 3, "prompts that the models answer at the end", least=0)
+    sample_tokens: int = _option("Output", 64, "longest such answer, in tokens", least=1)
+    report_pairs: int = _option("Output", 200, "pairs shown token by token in report.html", least=0)
+    dry_run: bool = _option("Output", False, "load, check, show a pair, the steps and the memory plan; train nothing")
 
     save_every: int = _option(
-        "Checkpoints", "N", "steps between checkpoints; 0: only at the end and on a signal", 100, least=0
+        "Checkpoints", 100, "steps between checkpoints; 0: only at the end and on a signal", least=0
     )
-    keep: int = _option("Checkpoints", "N", "how many of the newest complete checkpoints stay", 2, least=1)
+    keep: int = _option("Checkpoints", 2, "how many of the newest complete checkpoints stay", least=1)
     resume: bool = _option(
-        "Checkpoints", None, "go on from the newest complete checkpoint of --out, or start where there is none", False
+        "Checkpoints", False, "go on from the newest complete checkpoint of --out, or start where there is none"
     )
-    overwrite: bool = _option("Checkpoints", None, "remove what an earlier run left in --out, then start", False)
+    overwrite: bool = _option("Checkpoints", False, "remove what an earlier run left in --out, then start")
 
     dtype: str = _option(
         "Machine",
-        None,
+        "auto",
         "type the models compute in; weights, log-probs and the loss stay float32. auto: "
         "bfloat16 on CUDA, float32 on CPU",
-        "auto",
         choices=("auto", "float32", "bfloat16"),
     )
     micro_tokens: int = _option(
-        "Machine", "N", "tokens a rank puts through the model at once; 0: as many as memory allows", 0, least=0
+        "Machine", 0, "tokens a rank puts through the model at once; 0: as many as memory allows", least=0
     )
     activation_checkpointing: str = _option(
         "Machine",
-        None,
-        "recompute activations in the backward pass to save memory",
         "auto",
+        "recompute activations in the backward pass to save memory",
         choices=("auto", "none", "selective", "full"),
     )
     compile: bool | None = _option(
-        "Machine", None, "compile the transformer's blocks with torch.compile", None, "where it pays"
+        "Machine", None, "compile the transformer's blocks with torch.compile [where it pays]"
     )
-    cpu_offload: bool = _option(
-        "Machine", None, "keep weights and optimiser in the machine's own memory between uses", False
-    )
+    cpu_offload: bool = _option("Machine", False, "keep weights and optimiser in the machine's own memory between uses")
     hsdp: int = _option(
-        "Machine",
-        "N",
-        "ranks in a shard group, copies of which run side by side; 0: one group of all ranks",
-        0,
-        least=0,
+        "Machine", 0, "ranks in a shard group, copies of which run side by side; 0: one group of all ranks", least=0
     )
     timeout_minutes: float = _option(
-        "Machine", "X", "how long a rank waits for the others before the run fails", 5.0, above=0, most=1440
+        "Machine", 5.0, "how long a rank waits for the others before the run fails", above=0, most=1440
     )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+DEFAULTS = {name: field.default for name, field in FIELDS.items()}
+# The type of each option's value: bool, int, float, str or tuple (of strings).
+KINDS = {
+    name: tuple if typing.get_origin(hint) is tuple else (typing.get_args(hint) or (hint,))[0]
+    for name, hint in typing.get_type_hints(Options).items()
+}
 
 
-def _kind(name):
-    """The type of an option's value: bool, int, float, str or tuple (of strings)."""
-    hint = typing.get_type_hints(Options)[name]
-    if isinstance(hint, types.UnionType):
-        hint = hint.__args__[0]
-    return typing.get_origin(hint) or hint
+def readers(name):
+    """The losses that read an option, where it is one that not every loss reads; else none."""
+    found = [loss for loss, entry in LOSSES.items() if entry.reads(name)]
+    return found if len(found) < len(LOSSES) else []
 
 
-KINDS = {name: _kind(name) for name in FIELDS}
+def ignored(loss):
+    """What a loss does not read. Given all the same, it is an error: the user expects an effect that never comes."""
+    return [name for name in FIELDS if readers(name) and loss not in readers(name)]
 
 
 def resolve(argv):
@@ -231,47 +224,37 @@ def resolve(argv):
         here = os.getcwd()
     except FileNotFoundError:
         raise BadInput("the working directory is no longer there; change to another") from None
-    settings = read_toml(config) if config else {}
-    loss = given.get("loss", settings.get("loss", "tgdpo"))
+    try:
+        settings = read_toml(config, "--config ") if config else {}
+    except FileNotFoundError:
+        raise BadInput(f"--config {_shown(config)}: there is no such file") from None
+    loss = given.get("loss", settings.get("loss", DEFAULTS["loss"]))
     chosen = {}
-    if "model" not in given and "model" not in settings and (TINY / "recipe.toml").exists():
-        chosen |= _carry(read_toml(TINY / "recipe.toml"), loss)
+    if "model" not in given and "model" not in settings:
+        with contextlib.suppress(FileNotFoundError):
+            chosen |= _carry(read_toml(TINY / "recipe.toml"), loss)
     chosen |= _carry(settings, loss) | given
     _refuse_contradictions(chosen, loss)
 
     if "eval_data" not in chosen and "data" not in chosen and not chosen.get("eval_fraction"):
         chosen["eval_data"] = (str(TINY / "held_out.jsonl"),)
-    chosen.setdefault("data", (str(TINY / "train.jsonl"),))
-    chosen.setdefault("model", str(TINY / "model"))
-    chosen.setdefault("beta", 2.5 if loss == "simpo" else 0.1)
-    if loss == "tgdpo":
-        chosen.setdefault("alpha", 0.5)
-        chosen.setdefault("guide_beta", chosen["beta"])
-    if loss == "simpo":
-        chosen.setdefault("gamma", 1.375)
-    chosen.setdefault("name", loss)
-    max_length = chosen.get("max_length", FIELDS["max_length"].default)
-    chosen.setdefault("max_prompt_length", _prompt_length(max_length))
-    returns = chosen.get("resume") or chosen.get("overwrite")
-    if config and returns and "out" not in chosen and _is_saved(config):
+    bundled = {"data": (str(TINY / "train.jsonl"),), "model": str(TINY / "model")}
+    chosen = DEFAULTS | bundled | {"loss": loss, "beta": LOSSES[loss].beta} | chosen
+    chosen |= {name: follow(chosen) for name, follow in FOLLOWS.items() if chosen[name] is None}
+    chosen |= dict.fromkeys(ignored(loss))
+    returns = chosen["resume"] or chosen["overwrite"]
+    if config and returns and chosen["out"] is None and pathlib.Path(config).read_text("utf-8").startswith(SAVED):
         chosen["out"] = os.path.dirname(os.path.abspath(config))
 
     for name in ("model", "guide"):
-        if chosen.get(name):
-            chosen[name] = _absolute_if_there(chosen[name])
+        chosen[name] = _absolute_if_there(chosen[name])
     for name in ("data", "eval_data"):
-        chosen[name] = tuple(map(_absolute_if_there, chosen.get(name, ())))
+        chosen[name] = tuple(map(_absolute_if_there, chosen[name]))
     for name in ("chat_template", "out"):
-        if chosen.get(name):
-            chosen[name] = os.path.abspath(os.path.expanduser(chosen[name]))
-    for path in (chosen["model"], *chosen["data"], *chosen["eval_data"], chosen.get("out") or here):
+        chosen[name] = _absolute_if_there(chosen[name], there=True)
+    for path in (chosen["model"], *chosen["data"], *chosen["eval_data"], chosen["out"] or here):
         _check_text(path, _shown(path))  # again, as the working directory is part of it by now
     return Options(**chosen)
-
-
-def _prompt_length(max_length):
-    """The longest prompt where it is not given: 1800 of 2048 tokens."""
-    return max(1, min(1800, max_length * 1800 // 2048))
 
 
 def answer_early(argv):
@@ -293,9 +276,7 @@ def to_toml(options):
         value = getattr(options, name)
         if value is None or value == () or name in NOT_SAVED:
             continue
-        if name in FOLLOWS and value == getattr(options, FOLLOWS[name]):
-            continue  # so that it still follows where a flag overrides the other
-        if name == "max_prompt_length" and value == _prompt_length(options.max_length):
+        if name in FOLLOWS and value == FOLLOWS[name](vars(options)):
             continue
         if field.metadata["group"] != group:
             group = field.metadata["group"]
@@ -304,32 +285,31 @@ def to_toml(options):
     return "".join(lines)
 
 
-def read_toml(path):
-    """A TOML file -> {option: value}, checked. Keys may be written with dashes as well. Raises BadInput."""
-    settings = {}
-    for key, value in _load_toml(path).items():
+def read_toml(path, flag=""):
+    """A TOML file -> {option: value}, checked. Keys may be written with dashes as well. flag: what named the file.
+    Raises BadInput; FileNotFoundError where there is no such file."""
+    settings, file = {}, _shown(str(path))
+    for key, value in _load_toml(path, flag + file).items():
         name = key.replace("-", "_")
-        file = _shown(path)
         if name not in FIELDS:
             raise BadInput(f"{file}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
         if name in settings:
             raise BadInput(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
-        where = f"{file}: {name} = {_shown(value)}"
-        settings[name] = _check(name, _from_toml(name, value, where), where)
+        settings[name] = _checked(name, value, f"{file}: {name} = {_shown(value)}")
     return settings
 
 
-def _load_toml(path):
-    where = f"--config {_shown(path)}"
-    if not os.path.exists(path):
-        raise BadInput(f"{where}: there is no such file")
-    if not os.path.isfile(path):
+def _load_toml(path, where):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise BadInput(f"{where}: is no file; give a .toml file")
-    if os.path.getsize(path) > 2**20:
-        raise BadInput(f"{where}: is larger than 1 MB; give a .toml file with options")
     try:
         with open(path, "rb") as file:
-            return tomllib.loads(file.read().decode("utf-8-sig").replace("\r\n", "\n"))
+            text = file.read(2**20 + 1)
+        if len(text) > 2**20:
+            raise BadInput(f"{where}: is larger than 1 MB; give a .toml file with options")
+        return tomllib.loads(text.decode("utf-8-sig").replace("\r\n", "\n"))
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise BadInput(f"{where}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -337,23 +317,7 @@ def _load_toml(path):
     except RecursionError:
         raise BadInput(f"{where}: is nested too deep; options are plain `name = value` lines") from None
     except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
-        raise BadInput(f"{where}: is not TOML: {_shown(str(error))}") from None
-
-
-def _from_toml(name, value, where):
-    """The value, if of the option's type; a whole number serves as a float, a string as a list."""
-    kind = KINDS[name]
-    if kind is tuple:
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(one, str) for one in values):
-            raise BadInput(f"{where}: must be a string or a list of strings")
-        return tuple(values)
-    if kind is float and type(value) is int:
-        return _number(float, str(value), where)
-    if type(value) is not kind:
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-        raise BadInput(f"{where}: must be {words[kind]}")
-    return value
+        raise BadInput(f"{where}: is not TOML: {brief(error)}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -377,16 +341,18 @@ def parser():
     made.add_argument("--config", metavar="FILE.toml", help="read options from this file; flags override it")
     groups = {title: made.add_argument_group(title, textwrap.fill(text, 76)) for title, text in GROUPS.items()}
     for name, field in FIELDS.items():
-        default = field.metadata["shown"] or ("no" if field.default is False else field.default)
-        details = {"help": f"{field.metadata['help']} [{default}]"}
-        if KINDS[name] is bool:
+        kind, said = KINDS[name], field.metadata
+        only = f" ({', '.join(readers(name))} only)" if readers(name) else ""
+        default = "" if said["help"].endswith("]") else f" [{'no' if field.default is False else field.default}]"
+        details = {"help": said["help"] + default + only}
+        if kind is bool:
             details["action"] = argparse.BooleanOptionalAction
         else:
-            # Choices are shown, not enforced, by argparse: `_check` words the error for flags and TOML alike.
-            details["metavar"] = field.metadata["metavar"] or "|".join(field.metadata["choices"])
-        if KINDS[name] is tuple:
+            # Choices are shown, not enforced, by argparse: `_checked` words the error for flags and TOML alike.
+            details["metavar"] = said["metavar"] or METAVARS.get(kind) or "|".join(said["choices"])
+        if kind is tuple:
             details |= {"nargs": "+", "action": "extend"}
-        groups[field.metadata["group"]].add_argument("--" + name.replace("_", "-"), dest=name, **details)
+        groups[said["group"]].add_argument("--" + name.replace("_", "-"), dest=name, **details)
     return made
 
 
@@ -402,50 +368,44 @@ def _read_flags(argv):
             raise BadInput(f"unknown option {_shown(flag)}; the nearest is {near} (--help lists all)")
     if unknown:
         raise BadInput(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
-    given = {}
-    for name, value in vars(known).items():
-        if name == "config":
-            continue
+    given = vars(known)
+    config = given.pop("config", None)
+    for name, value in given.items():
         where = "--" + name.replace("_", "-")
         if KINDS[name] is not bool:
             where += " " + _shown(" ".join(value) if KINDS[name] is tuple else value)
         if KINDS[name] in (int, float):
-            value = _number(KINDS[name], value, where)
-        given[name] = _check(name, tuple(value) if KINDS[name] is tuple else value, where)
-    config = getattr(known, "config", None)
+            with contextlib.suppress(ValueError):  # then it stays text, which is no number
+                value = KINDS[name](value)
+        given[name] = _checked(name, value, where)
     if config is not None:
         config = os.path.expanduser(_check_text(config, f"--config {_shown(config)}"))
     return given, config
 
 
-def _number(kind, text, where):
-    try:
-        value = kind(text)
-    except (ValueError, OverflowError):
-        raise BadInput(f"{where}: must be {'a whole number' if kind is int else 'a number'}") from None
-    return value
-
-
-def _check(name, value, where):
-    """The value, if it is within its option's limits."""
+def _checked(name, value, where):
+    """A value as TOML has it, as one of the option's type and within its limits. A whole number serves as a float, a
+    string as a list. Raises BadInput."""
     limits, kind = FIELDS[name].metadata, KINDS[name]
+    if kind is tuple:
+        value = tuple(value) if isinstance(value, list) else (value,)
+        fits = value and all(isinstance(one, str) for one in value)
+    elif kind is float and type(value) is int:
+        fits = abs(value) < sys.float_info.max
+        value = float(value) if fits else value
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise BadInput(f"{where}: must be {TYPES[kind]}")
     if kind is float and not math.isfinite(value):
         raise BadInput(f"{where}: must be a finite number")
-    if kind in (int, float):
-        most = limits.get("most", LARGEST if kind is int else math.inf)
-        for broken, words in (
-            ("above" in limits and value <= limits["above"], f"greater than {limits.get('above')}"),
-            ("least" in limits and value < limits["least"], f"at least {limits.get('least')}"),
-            ("below" in limits and value >= limits["below"], f"less than {limits.get('below')}"),
-            (value > most, f"at most {most}"),
-        ):
-            if broken:
-                raise BadInput(f"{where}: must be {words}")
-    if kind is str:
-        _check_text(value, where)
-    if kind is tuple:
-        for one in value:
-            _check_text(one, where)
+    if kind is int and value > LARGEST:
+        raise BadInput(f"{where}: must be at most {LARGEST}")
+    for limit, (words, holds) in LIMITS.items():
+        if limit in limits and not holds(value, limits[limit]):
+            raise BadInput(f"{where}: must be {words} {limits[limit]}")
+    for text in {str: (value,), tuple: value}.get(kind, ()):
+        _check_text(text, where)
     if "choices" in limits and value not in limits["choices"]:
         near = _nearest(value, limits["choices"])
         raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
@@ -469,11 +429,11 @@ def _check_text(text, where):
 
 
 def _refuse_contradictions(chosen, loss):
-    for name in IGNORED[loss]:
+    for name in ignored(loss):
         if name in chosen:
             flag = "--" + name.replace("_", "-")
             raise BadInput(f"{flag} {chosen[name]}: --loss {loss} has no use for it; leave it out")
-    longest = chosen.get("max_length", FIELDS["max_length"].default)
+    longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
         raise BadInput(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
@@ -485,23 +445,19 @@ def _refuse_contradictions(chosen, loss):
 
 def _carry(settings, loss):
     """What of a file's settings still means the same where a flag or another file sets another loss."""
-    own = settings.get("loss", "tgdpo")
+    own = settings.get("loss", DEFAULTS["loss"])
     if own == loss:
         return settings
-    # SimPO's beta is on another scale.
-    dropped = IGNORED[loss] + (("beta",) if "simpo" in (own, loss) else ())
+    dropped = ignored(loss)
+    if LOSSES[own].beta != LOSSES[loss].beta:
+        dropped.append("beta")  # which is on another scale
     return {name: value for name, value in settings.items() if name not in dropped}
 
 
-def _is_saved(config):
-    with open(config, encoding="utf-8") as file:
-        return file.readline() == SAVED
-
-
-def _absolute_if_there(name):
-    """A path where there is one; else the name as it is, which may be a Hub id."""
-    path = os.path.expanduser(name)
-    return os.path.abspath(path) if os.path.exists(path) else name
+def _absolute_if_there(name, there=False):
+    """A path where there is one; else the name as it is, which may be a Hub id. there: it is a path in any case."""
+    path = os.path.expanduser(name) if name else None
+    return os.path.abspath(path) if path and (there or os.path.exists(path)) else name
 
 
 def _nearest(word, known):
@@ -517,18 +473,6 @@ def _shown(value):
 
 
 def _toml_value(value):
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    quoted = []
-    for char in value:
-        if char in '"\\':
-            quoted.append("\\" + char)
-        elif char.isprintable():
-            quoted.append(char)
-        else:  # control, bidi and invisible characters are written out, so that a terminal shows them
-            quoted.append(f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
-    return '"' + "".join(quoted) + '"'
+    """A value in TOML, which is JSON for them, but DEL may not stand as it is. Neither does what no terminal shows."""
+    written = json.dumps(value, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in written)

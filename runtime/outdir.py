@@ -5,27 +5,18 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import socket
 
 from files.errors import BadInput
+from runtime.disk import remove
 from runtime.process_group import held, on_rank_0
 from runtime.signals import to_stderr
 
 RECORD = ("dropped.jsonl", "run.json", "config.toml")  # written before there is any result
 # In this order they are removed: a run that is resumed from what a kill left of them goes on as it should.
-RESULTS = (
-    "checkpoints",
-    "guide",
-    "policy",
-    "metrics.jsonl",
-    "tokens.jsonl",
-    "samples.json",
-    "report.html",
-    "guide.old",
-    "policy.old",
-    *RECORD,
-)
+MODELS = ("checkpoints", "guide", "policy")
+PAGES = ("metrics.jsonl", "tokens.jsonl", "samples.json", "report.html")
+RESULTS = (*MODELS, *PAGES, "guide.old", "policy.old", *RECORD)
 _claimed = {}  # directory -> "absent", "empty" or "used": what it was before
 
 
@@ -46,7 +37,7 @@ def withdraw(out):
         return
     with contextlib.suppress(OSError):
         for name in RECORD:
-            _remove(os.path.join(out, name))
+            remove(os.path.join(out, name))
         if before == "absent":
             os.remove(os.path.join(out, ".lock"))
             os.rmdir(out)  # stays where there is anything else in it
@@ -57,7 +48,7 @@ def _claim(options):
     try:
         there = out is not None and os.path.isdir(out)
         if out is None:
-            out = os.path.abspath(os.path.join("runs", options.name))
+            out = os.path.abspath(os.path.join("runs", options.name))  # the name that a failure is told with
             out = _numbered(out, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
         marked = any(os.path.lexists(os.path.join(out, name)) for name in (".lock", *RECORD))
@@ -78,7 +69,7 @@ def _claim(options):
             "removes none of it; give another directory"
         )
     for name in RESULTS:
-        _remove(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
+        remove(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
     _claimed[out] = "used" if found else "empty" if there else "absent"
     return out
 
@@ -90,16 +81,13 @@ def _found(out):
 
 def _numbered(path, existing):
     """path, path-2, path-3, …: made new; or, where an existing one is asked for, that of the run started last."""
-    number, name = 1, path
+    folder, base = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
     if existing:
-        folder, base = os.path.split(path)
-        runs = [
-            os.path.join(folder, n)
-            for n in (os.listdir(folder) if os.path.isdir(folder) else [])
-            if re.fullmatch(rf"{re.escape(base)}(-\d+)?", n) and os.path.isdir(os.path.join(folder, n))
-        ]
+        names = [name for name in os.listdir(folder) if re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)]
+        runs = [os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))]
         return max(runs, key=_started, default=path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    number, name = 1, path
     while True:
         try:
             os.mkdir(name)
@@ -116,43 +104,43 @@ def _started(out):
 
 
 def _lock(out):
+    """Locks OUT/.lock for this process, and writes into it who holds it."""
     descriptor = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    held.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = " ".join(os.read(descriptor, 200).decode(errors="replace").split())
-        os.close(descriptor)
         raise BadInput(
             f"--out {out}: another run is at work in it ({holder}); wait for it, or give another directory"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            os.close(descriptor)
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         to_stderr(f"note: the file system of {out} has no locks: see to it that no second run writes there")
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    held.callback(os.close, descriptor)
 
 
 def clear(out, options):
     """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for.
 
     Raises BadInput where this run reads one of them."""
-    found = _found(out)
+    found = [os.path.join(out, name) for name in _found(out)]
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
-        for name in found:
-            result = os.path.realpath(os.path.join(out, name))
-            if path and os.path.exists(path) and f"{os.path.realpath(path)}/".startswith(f"{result}/"):
-                raise BadInput(f"--overwrite would remove {path}, which this run reads; give another --out")
-    for name in found:
-        path = os.path.join(out, name)
-        os.rename(path, f"{path}.tmp")  # half of a result never stands under its name
-        _remove(f"{path}.tmp")
+        if path and any(_within(path, result) for result in found):
+            raise BadInput(f"--overwrite would remove {path}, which this run reads; give another --out")
+    for result in found:
+        os.rename(result, f"{result}.tmp")  # half of a result never stands under its name
+        remove(f"{result}.tmp")
 
 
-def _remove(path):
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.remove(path)
+def _within(path, result):
+    """Whether `path` is `result` or lies in it. Asked of the files, as names may differ in case only."""
+    if not os.path.exists(path) or not os.path.exists(result):
+        return False
+    place = os.path.realpath(path)
+    while not os.path.samefile(place, result):
+        if place == (place := os.path.dirname(place)):
+            return False
+    return True

@@ -3,7 +3,19 @@
 import collections
 
 from runtime import memory
+from runtime.losses import LOSSES
 from runtime.progress import say
+
+
+def steps(options, pairs):
+    """(optimiser steps of an epoch, of a stage) on so many pairs."""
+    per_epoch = -(-pairs // options.batch_size)
+    return per_epoch, options.epochs * per_epoch
+
+
+def trains_guide(options):
+    """Whether a first stage makes the guide."""
+    return LOSSES[options.loss].reads("guide") and options.guide is None
 
 
 def counts_lines(counts):
@@ -48,11 +60,10 @@ def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
     for name in ("chosen", "rejected"):
         ids = getattr(pair, name)
         say(f"  {name:<8} |{'|'.join(repr(piece)[1:-1] for piece in tokenizer.pieces(ids))}| ({len(ids)} tokens)")
-    steps = options.epochs * -(-len(pairs) // options.batch_size)
-    stages = 2 if options.loss == "tgdpo" and options.guide is None else 1
+    _, total = steps(options, len(pairs))
     say(
-        f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {steps} steps of {options.batch_size} pairs"
-        + (", in each of two stages" if stages == 2 else "")
+        f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {total} steps of {options.batch_size} pairs"
+        + (", in each of two stages" if trains_guide(options) else "")
     )
     for line in memory.lines(plan, world) + memory.table(config, options, plan):
         say(line)

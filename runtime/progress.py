@@ -1,8 +1,6 @@
-"""What a run tells while it goes on: lines, a progress bar where there is a terminal, and metrics.jsonl."""
+"""What a run tells while it goes on: lines, and a progress bar where there is a terminal."""
 
 import contextlib
-import json
-import math
 import os
 import sys
 import time
@@ -49,110 +47,48 @@ def words(figures):
 
 
 class Progress:
-    """How far a stage has come, of `total` units: a bar on rank 0's terminal, or plain lines without one; of a side
-    job, which comes often and ends soon, only where it takes longer than SHORT."""
+    """Shows how far some work has come: as a bar where rank 0 has a terminal, else as a plain line now and then.
+
+    total: the units of work. title: what stands before them. start: the units that an earlier run has done. side_job:
+    such work (an evaluation) comes often and ends soon, so no plain line is printed in its first SHORT seconds."""
 
     def __init__(self, total, title, rank=0, start=0, side_job=False):
-        self.total, self.title, self.rank, self.start, self.done = total, title, rank, start, start
-        self.side_job = side_job
-        self.began = self.told = time.monotonic()
-        self.told_at, self.figures, self.bar = None, {}, None
+        self.total, self.title, self.rank, self.start, self.side_job = total, title, rank, start, side_job
+        self.done, self.figures, self.bar = start, {}, None
+        self.began = self.told = time.monotonic()  # told: when the last plain line was printed,
+        self.told_at = None  # and what was done then
         if rank == 0 and sys.stderr is not None and sys.stderr.isatty():
+            shape = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
             self.bar = tqdm.tqdm(
-                total=total,
-                desc=title,
-                initial=start,
-                dynamic_ncols=True,
-                leave=not side_job,
-                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
+                total=total, desc=title, initial=start, dynamic_ncols=True, leave=not side_job, bar_format=shape
             )
-            # A terminal that does not know its size would show an empty bar.
-            if self.bar.ncols is not None and self.bar.ncols < 1:
+            if self.bar.ncols is not None and self.bar.ncols < 1:  # a terminal that does not know its size
                 self.bar.dynamic_ncols, self.bar.ncols, self.bar.nrows = None, 80, None
 
     def advance(self, count=1, **figures):
-        """`count` more are done; figures are shown beside: loss, margin, accuracy, tokens_per_second, mfu."""
+        """`count` more units are done. figures: shown beside them, {name: number} as in `words`."""
         count = min(count, self.total - self.done)
         self.done += count
         self.figures = figures or self.figures
         if self.bar is not None:
             self.bar.set_postfix_str(words(self.figures), refresh=False)
             self.bar.update(count)
-            return
-        now = time.monotonic()
-        if self.side_job and now - self.began < SHORT:
-            return
-        first = self.told_at is None
-        far = not first and self.done - self.told_at >= TENTH * self.total and now - self.told >= OFTEN
-        if first or far or self.done == self.total or now - self.told >= SELDOM:
-            self._tell(now)
+        elif not self.side_job or time.monotonic() - self.began >= SHORT:
+            waited = time.monotonic() - self.told
+            far = waited >= OFTEN and self.done - (self.told_at or 0) >= TENTH * self.total
+            if self.told_at is None or far or self.done == self.total or waited >= SELDOM:
+                self._tell()
 
-    def _tell(self, now):
-        self.told, self.told_at = now, self.done
-        left = ""
+    def _tell(self):
+        self.told, self.told_at, left = time.monotonic(), self.done, ""
         if self.start < self.done < self.total:
-            seconds = round((now - self.began) / (self.done - self.start) * (self.total - self.done))
+            seconds = round((self.told - self.began) / (self.done - self.start) * (self.total - self.done))
             left = f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         say(f"{self.title} {self.done}/{self.total}  {words(self.figures)}".rstrip() + left, self.rank)
 
     def close(self):
-        """Ends the bar, or prints the last line where it is not yet told."""
+        """Ends the bar, or prints the last line where it is not yet printed."""
         if self.bar is not None:
             self.bar.close()
         elif self.told_at != self.done and not (self.side_job and self.told_at is None):
-            self._tell(time.monotonic())
-
-
-class Metrics:
-    """metrics.jsonl: one JSON object a line, written by rank 0 alone."""
-
-    def __init__(self, path, rank=0):
-        self.path, self.rank = path, rank
-
-    def write(self, row):
-        """Appends {name: value}. A figure that is not finite becomes null: NaN and Infinity are no JSON."""
-        if self.rank:
-            return
-        plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in plain.items()
-        }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-
-    def keep_until(self, stage, step):
-        """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file
-        ends up as if the run had never stopped. The evaluation of `step` itself goes too, since it follows
-        the checkpoint and is done again. The file is replaced in one move."""
-        if self.rank or not os.path.exists(self.path):
-            return
-        kept, damaged = [], 0
-        with open(self.path, "rb") as file:
-            lines = file.readlines()
-        for line in lines:
-            row = _row(line)
-            if row is None:
-                damaged += line.endswith(b"\n")  # else a kill cut it short, as happens
-            elif row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
-                break
-            else:
-                kept.append(line)
-        if damaged:
-            say(f"{self.path}: {damaged} damaged lines are left out")
-        if kept == lines:
-            return
-        with open(f"{self.path}.tmp", "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{self.path}.tmp", self.path)
-
-
-def _row(line):
-    """The row of a line; None where a kill or a full disk cut it short."""
-    try:
-        row = json.loads(line)
-        return row if line.endswith(b"\n") and isinstance(row["stage"], str) and isinstance(row["step"], int) else None
-    except (ValueError, LookupError, TypeError):
-        return None
+            self._tell()

@@ -5,13 +5,16 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 
 import torch
 
+from files.card import add_figures
 from files.errors import BadInput
 from runtime import cache, checkpoint, memory, preview
 from runtime import options as option_table
+from runtime.losses import LOSSES
 from runtime.progress import say
 
 
@@ -21,10 +24,10 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     config: the model's; width: bytes of a number of the exported models."""
     root, block = memory.parameters(config)
     parameters = root + config.num_hidden_layers * block
-    steps = options.epochs * -(-len(pairs) // options.batch_size)
+    _, steps = preview.steps(options, len(pairs))
     saves = min(options.keep + 1, -(-steps // options.save_every)) if options.save_every else 1
-    models = 2 if options.loss == "tgdpo" and options.guide is None else 1
-    passes = {"simpo": 0, "dpo": 1, "tgdpo": 2}[options.loss]
+    models = 2 if preview.trains_guide(options) else 1
+    passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
     need = (3 * 4 * saves + width * models) * parameters
     need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
@@ -98,17 +101,27 @@ def same_guide(out, directory, new, check):
     return digest
 
 
-def finish(out, options, tokenizer, pairs, models, answers):
-    """Print the table and the answers, write tokens.jsonl and samples.json.
+def finish(out, options, tokenizer, pairs, judged, answers):
+    """Write tokens.jsonl and samples.json, print the table and the answers.
 
-    pairs: the evaluation pairs (the training pairs without any); models: name -> their log-probs, [C + R] a pair in
-    the order of pairs, or None; answers: name -> [(prompt, answer)]."""
-    table = [_figures(name, logps, models["reference"], pairs, options.beta) for name, logps in models.items() if logps]
-    figure = "log-ratio" if models["reference"] else "log p"
-    say(f"\n{len(models['policy'])} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
+    pairs: the evaluation pairs (without any, training pairs); judged: as train.judged yields it, pair by pair;
+    answers: name -> [(prompt, answer)]."""
+    figures = {}  # model -> what the table averages, a dict a pair
+    with open(os.path.join(out, "tokens.jsonl"), "w", encoding="utf-8") as file:
+        for i, (pair, (losses, tokens)) in enumerate(zip(pairs, judged)):
+            for name, loss in losses.items():
+                figures.setdefault(name, []).append(_figures(loss, tokens[name]))
+            if i < options.report_pairs:
+                file.write(json.dumps(_tokens_row(pair, tokenizer, losses["policy"], tokens)) + "\n")
+    table = [
+        {"model": "reference" if name == "ref" else name}
+        | {figure: statistics.fmean(pair[figure] for pair in values) for figure in values[0]}
+        for name, values in figures.items()
+    ]
+    figure = "log-ratio" if "ref" in figures else "log p"
+    say(f"\n{len(pairs)} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
     for row in table:
-        name, *numbers = row.values()
-        say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(name, *numbers))
+        say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(*row.values()))
     samples = [
         {"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
         for i, (prompt, _) in enumerate(answers["policy"])
@@ -118,20 +131,12 @@ def finish(out, options, tokenizer, pairs, models, answers):
         for name, text in sample.items():
             say(f"  {name:<10}{text!r}")
     write_json(os.path.join(out, "samples.json"), samples)
-    with open(os.path.join(out, "tokens.jsonl"), "w", encoding="utf-8") as file:
-        for i, pair in enumerate(pairs[: options.report_pairs]):
-            row = {"source": pair.source, "prompt": tokenizer.decode(pair.prompt)}
-            for side, start, ids in (("chosen", 0, pair.chosen), ("rejected", len(pair.chosen), pair.rejected)):
-                row[side] = {"tokens": tokenizer.pieces(ids)}
-                for name, logps in models.items():
-                    if logps:
-                        key = "ref" if name == "reference" else name
-                        row[side][key] = [round(x, 6) for x in logps[i][start : start + len(ids)].tolist()]
-            file.write(json.dumps(row) + "\n")
     path = os.path.join(out, "run.json")
     write_json(path, read_run(path) | {"table": table})
+    for name in ("guide", "policy"):
+        add_figures(os.path.join(out, name), table)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")
-    if options.loss == "tgdpo":
+    if LOSSES[options.loss].reads("guide"):
         say(f"the guide:  {options.guide or os.path.join(out, 'guide')}")
 
 
@@ -165,23 +170,28 @@ def write(path, text):
     os.replace(path + ".tmp", path)
 
 
-def _figures(name, logps, ref, pairs, beta):
-    """A row of the table: means over the pairs of the plain DPO reward margin and of log pi/pi_ref of each side.
-    SimPO has no reference: without one they are its margin, of mean log-probs, and log pi of each side."""
-    sums, lengths = [], [(len(pair.chosen), len(pair.rejected)) for pair in pairs[: len(logps)]]
-    for i, (logp, (C, _)) in enumerate(zip(logps, lengths)):
-        ratio = (logp - ref[i] if ref else logp).double()
-        sums.append((ratio[:C].sum(), ratio[C:].sum()))
-    sums = torch.tensor(sums)  # [B, 2]
-    rewards = beta * (sums if ref else sums / torch.tensor(lengths))
-    margin, figure = rewards[:, 0] - rewards[:, 1], "logratio" if ref else "logp"
-    return {
-        "model": name,
-        "accuracy": (margin > 0).double().mean().item(),
-        "margin": margin.mean().item(),
-        f"{figure}_chosen": sums[:, 0].mean().item(),
-        f"{figure}_rejected": sums[:, 1].mean().item(),
-    }
+def _figures(loss, logps):
+    """A pair's part of the table: the plain DPO reward margin and log pi/pi_ref of each side. A loss without a
+    reference has its own margin instead, and log pi of each side. logps: the model's, (chosen, rejected)."""
+    if loss.dpo_margin is None:
+        margin, figure, sides = loss.phi, "logp", [logp.sum() for logp in logps]
+    else:
+        margin, figure, sides = loss.dpo_margin, "logratio", [loss.logratio_w, loss.logratio_l]
+    numbers = {"margin": margin.item(), f"{figure}_chosen": sides[0].item(), f"{figure}_rejected": sides[1].item()}
+    return {"accuracy": numbers["margin"] > 0} | numbers
+
+
+def _tokens_row(pair, tokenizer, loss, tokens):
+    """A row of tokens.jsonl. loss: the policy's; tokens: name -> (chosen, rejected), a number a token each."""
+    row = {"source": pair.source, "prompt": tokenizer.decode(pair.prompt)}
+    for side, (name, ids) in enumerate((("chosen", pair.chosen), ("rejected", pair.rejected))):
+        numbers = {what: [round(x, 6) for x in sides[side].flatten().tolist()] for what, sides in tokens.items()}
+        row[name] = {"tokens": tokenizer.pieces(ids)} | numbers
+    chosen, rejected = (reward.sum().item() for reward in tokens["reward"])
+    numbers = {"margin": chosen - rejected, "phi": loss.phi.item()}
+    if loss.dpo_margin is not None:
+        numbers["dpo_margin"] = loss.dpo_margin.item()
+    return row | {name: round(number, 6) for name, number in numbers.items()}
 
 
 def _processor():

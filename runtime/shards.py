@@ -1,19 +1,22 @@
-"""The rows of a parameter that fully_shard has dealt to the ranks: which are here, and all of them again."""
+"""The part of a parameter that fully_shard has given to this rank, its shard: consecutive rows of the matrix. Where it
+lies in the whole, and the whole again."""
 
 import torch.distributed as dist
 
 
 def local_rows(parameter):
-    """This rank's rows of a sharded parameter, and the number of the first: fully_shard gives ceil(rows / ranks)
-    consecutive rows to each rank."""
-    mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1  # HSDP: (replicas, shards)
+    """This rank's shard of a parameter, and the number of its first row in the whole. fully_shard gives
+    ceil(rows / ranks) rows to each rank, in the order of the ranks."""
+    mesh, shard_dim = parameter.device_mesh, parameter.device_mesh.ndim - 1  # HSDP: (copies, shards)
     each = -(-parameter.shape[0] // mesh.size(shard_dim))
     return parameter.to_local().data, min(each * mesh.get_local_rank(shard_dim), parameter.shape[0])
 
 
 def whole(parameter, dtype, keep):
-    """All rows of a sharded parameter in `dtype`, where `keep`, else None. Collective. Rank after rank sends its rows:
-    gathered at once, they would stand twice in memory under gloo, and on every rank."""
+    """All of a sharded parameter in `dtype` on ranks with `keep`, None on the others. Collective.
+
+    One rank after the other sends its shard. torch's own gathering would hold the parameter twice under gloo, and on
+    every rank."""
     local, group = local_rows(parameter)[0].to(dtype), parameter.device_mesh.get_group(-1)
     if group.size() == 1:
         return local

@@ -3,22 +3,9 @@
 import torch
 import torch.distributed as dist
 
-SUMS = (
-    "pairs",
-    "loss",
-    "margin",
-    "accuracy",
-    "dpo_margin",
-    "dpo_accuracy",
-    "logratio_chosen",
-    "logratio_rejected",
-    "tokens",
-    "r_hat",
-    "r_hat_square",
-    "f",
-    "f_square",
-    "f_nonpositive",
-)
+OF_PAIRS = ("loss", "margin", "accuracy")
+OF_REFERENCE = ("dpo_margin", "dpo_accuracy", "logratio_chosen", "logratio_rejected")  # of pairs too
+OF_TOKENS = ("r_hat", "r_hat_square", "f", "f_square", "f_nonpositive")
 PEAKS = ("r_hat", "-r_hat", "f", "-f")  # the greatest value; the least, negated, under "-name"
 
 
@@ -26,40 +13,54 @@ class Tally:
     """Adds figures up on the device, without waiting for it, until `row` asks for them."""
 
     def __init__(self, device, reference):
-        """reference: whether the losses know one; without, a row has no DPO margin and no log-ratios."""
-        self.figures = SUMS[1:8] if reference else SUMS[1:4]
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-        self.peaks = torch.full((len(PEAKS),), -torch.inf, dtype=torch.float64, device=device)
+        """reference: whether the loss knows one; without, a row has no DPO margin and no log-ratios."""
+        number = lambda value: torch.tensor(value, dtype=torch.float64, device=device)
+        self.means = OF_PAIRS + (OF_REFERENCE if reference else ())
+        self.sums = {name: number(0.0) for name in ("pairs", *OF_PAIRS, *OF_REFERENCE, "tokens", *OF_TOKENS)}
+        self.peaks = {name: number(-torch.inf) for name in PEAKS}
 
-    def add_losses(self, result):
-        """result: a tgdpo.Loss of B pairs."""
-        figures = [torch.ones_like(result.losses), result.losses, result.phi, result.phi > 0]
-        if result.dpo_margin is not None:
-            figures += [result.dpo_margin, result.dpo_margin > 0, result.logratio_w, result.logratio_l]
-        self.sums[: len(figures)] += torch.stack([figure.detach().double().sum() for figure in figures])
-
-    def add_guidance(self, r_hat, f):
-        """r_hat, f: flat tensors over the same response tokens."""
-        r_hat, f = r_hat.double(), f.double()
-        figures = [torch.ones_like(f), r_hat, r_hat.square(), f, f.square(), f <= 0]
-        self.sums[-len(figures) :] += torch.stack([figure.double().sum() for figure in figures])
-        self.peaks = torch.maximum(self.peaks, torch.stack([r_hat.max(), -r_hat.min(), f.max(), -f.min()]))
+    def add(self, loss, lengths):
+        """loss: a tgdpo.Loss of B pairs; lengths: (chosen, rejected), each B numbers of response tokens."""
+        figures = {
+            "pairs": torch.ones_like(loss.phi),
+            "loss": loss.losses,
+            "margin": loss.phi,
+            "accuracy": loss.phi > 0,
+        }
+        if loss.dpo_margin is not None:
+            figures |= {"dpo_margin": loss.dpo_margin, "dpo_accuracy": loss.dpo_margin > 0}
+            figures |= {"logratio_chosen": loss.logratio_w, "logratio_rejected": loss.logratio_l}
+        if loss.r_hat is not None:
+            r_hat, f = (_real(sides, lengths).double() for sides in (loss.r_hat, loss.f))
+            figures |= {"tokens": torch.ones_like(f), "r_hat": r_hat, "r_hat_square": r_hat.square()}
+            figures |= {"f": f, "f_square": f.square(), "f_nonpositive": f <= 0}
+            for name, values in zip(PEAKS, (r_hat, -r_hat, f, -f)):
+                self.peaks[name] = torch.maximum(self.peaks[name], values.max())
+        for name, values in figures.items():
+            self.sums[name] += values.detach().double().sum()
 
     def row(self):
         """Means over the pairs, and over the tokens of r_hat and f, of all ranks; a dict of floats. Collective."""
-        dist.all_reduce(self.sums)
-        dist.all_reduce(self.peaks, op=dist.ReduceOp.MAX)
-        sums, peaks = dict(zip(SUMS, self.sums.tolist())), dict(zip(PEAKS, self.peaks.tolist()))
-        row = {name: sums[name] / sums["pairs"] for name in self.figures}
+        sums, peaks = _of_all_ranks(self.sums, dist.ReduceOp.SUM), _of_all_ranks(self.peaks, dist.ReduceOp.MAX)
+        row = {name: sums[name] / sums["pairs"] for name in self.means}
         if sums["tokens"]:
             for name in ("r_hat", "f"):
                 mean = sums[name] / sums["tokens"]
-                spread = max(0.0, sums[name + "_square"] / sums["tokens"] - mean**2) ** 0.5
-                row |= {
-                    f"{name}_mean": mean,
-                    f"{name}_std": spread,
-                    f"{name}_min": -peaks["-" + name],
-                    f"{name}_max": peaks[name],
-                }
+                row[f"{name}_mean"] = mean
+                row[f"{name}_std"] = max(0.0, sums[f"{name}_square"] / sums["tokens"] - mean**2) ** 0.5
+                row[f"{name}_min"] = -peaks[f"-{name}"]
+                row[f"{name}_max"] = peaks[name]
             row["f_nonpositive"] = sums["f_nonpositive"] / sums["tokens"]
         return row
+
+
+def _real(sides, lengths):
+    """(chosen, rejected), [B, T] each -> [R], without the padding. Their lengths are on the CPU: nothing waits."""
+    return torch.cat([row[:n] for side, counts in zip(sides, lengths) for row, n in zip(side, counts)])
+
+
+def _of_all_ranks(figures, op):
+    """{name: number on the device} -> {name: float}, over all ranks. Collective."""
+    values = torch.stack(list(figures.values()))
+    dist.all_reduce(values, op=op)
+    return dict(zip(figures, values.tolist()))

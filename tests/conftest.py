@@ -3,4 +3,13 @@
 import pathlib
 import sys
 
+import pytest
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+
+def pytest_runtest_setup(item):
+    """Skips what is marked @pytest.mark.linux("why") on other systems."""
+    mark = item.get_closest_marker("linux")
+    if mark and sys.platform != "linux":
+        pytest.skip(f"Linux only: {mark.args[0]}")

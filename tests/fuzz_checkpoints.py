@@ -19,6 +19,7 @@ import torch
 import model
 from files import weights
 from files.errors import BadInput
+from files.export import save_model
 
 VALUES = [
     None,
@@ -121,7 +122,7 @@ if __name__ == "__main__":
     rounds, seed = (int(x) for x in (sys.argv[1:] + ["5000", "0"][len(sys.argv) - 1 :]))
     directory = pathlib.Path(tempfile.mkdtemp()) / "m"
     net = model.random_model(model.parse_config(CONFIG))
-    weights.save_model(
+    save_model(
         str(directory),
         CONFIG,
         {n: tuple(p.shape) for n, p in net.named_parameters()},

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from tiny_tokenizers import LLAMA3, MISTRAL_V3, PLAIN, llama3, mistral, row  # noqa: E402
+from tiny_tokenizers import LLAMA3, MISTRAL_V3, PLAIN, llama3, mistral, row
 
-import data  # noqa: E402
+import data
 from files.errors import BadInput
 from files.tokenizer import load_tokenizer
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import checkpoint  # noqa: E402
+from runtime import checkpoint
 from runtime.failures import RunFailed
 
 

@@ -1,4 +1,5 @@
-"""Several ranks of train.py on this machine, forked from a server that has torch imported already: quick to start."""
+"""Several ranks of train.py on this machine. On Linux they are forked from a server that has torch imported already:
+quick to start. Elsewhere system libraries do not bear a fork, and each rank starts by itself."""
 
 import gc
 import multiprocessing
@@ -8,13 +9,15 @@ import socket
 import sys
 from multiprocessing import forkserver
 
-SERVER = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 SERVER.set_forkserver_preload(["train"])
 
 
 def start_server():
     """Starts the server, once. Python before 3.11.9 does not tell it sys.path, and it passes over what it cannot
     import: each rank would import torch anew, for seconds."""
+    if sys.platform != "linux":
+        return
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).resolve().parent.parent)
     forkserver.ensure_running()
@@ -38,6 +41,8 @@ def _rank(rank, world, port, arguments, log, fault):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if sys.platform == "darwin":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo0"  # else gloo asks for the address of the host's name, for half a minute
     descriptor = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
-from files import weights
 from files.errors import BadInput
+from files.export import save_model
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,7 +36,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def good(tmp_path):
     net = model.random_model(model.parse_config(CONFIG))
     directory = tmp_path / "m"
-    weights.save_model(
+    save_model(
         str(directory),
         CONFIG,
         {n: tuple(p.shape) for n, p in net.named_parameters()},

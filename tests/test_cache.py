@@ -10,7 +10,8 @@ import torch
 from kill_loop import fork, wait
 from safetensors.torch import save_file
 
-from runtime import cache
+from runtime import cache, disk
+from runtime.failures import RunFailed
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 LOGP = -torch.rand(1000, generator=torch.Generator().manual_seed(0))
@@ -93,13 +94,13 @@ def test_a_flipped_byte_is_not_used(tmp_path):
         assert reason(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["save", "fsync", "os.replace"])
+@pytest.mark.parametrize("call", ["save", "fsync", "os.rename"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_while_it_is_written(tmp_path, call, when):
     """The name is there with all of it, or not at all; a cache that stood before stands."""
 
     def body():
-        module, name = (os, "replace") if call == "os.replace" else (cache, call)
+        module, name = {"save": (cache, "save"), "fsync": (disk, "fsync"), "os.rename": (os, "rename")}[call]
         work = getattr(module, name)
 
         def last(*arguments, **options):
@@ -110,7 +111,7 @@ def test_killed_while_it_is_written(tmp_path, call, when):
         setattr(module, name, last)
         cache.write(tmp_path, "ref", KEY, LOGP)
 
-    written = (call, when) == ("os.replace", "after")
+    written = (call, when) == ("os.rename", "after")
     assert wait([fork(body)]) == [-signal.SIGKILL]
     found = cache.read(tmp_path, "ref", KEY, 1000)
     assert torch.equal(found, LOGP) if written else found is None
@@ -127,12 +128,12 @@ def test_a_file_that_cannot_grow_is_one_line_and_leaves_the_one_before(tmp_path,
 
     def body():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        with pytest.raises(OSError, match=f"ref-{KEY}.safetensors is not written: .*File too large"):
+        with pytest.raises(RunFailed, match=f"ref-{KEY}.safetensors is not written: .*File too large"):
             cache.write(tmp_path, "ref", KEY, LOGP - 1)
 
     assert wait([fork(body)]) == [0]
-    monkeypatch.setattr(cache, "fsync", full)
-    with pytest.raises(OSError, match=f"ref-{KEY}.safetensors is not written: the disk is full"):
+    monkeypatch.setattr(disk, "fsync", full)
+    with pytest.raises(RunFailed, match=f"ref-{KEY}.safetensors is not written: the disk is full"):
         cache.write(tmp_path, "ref", KEY, LOGP - 1)
     assert len(list(tmp_path.iterdir())) == 1 and torch.equal(cache.read(tmp_path, "ref", KEY, 1000), LOGP)
 

@@ -153,7 +153,6 @@ def test_output_paths_that_cannot_be(world, capfd, tmp_path, monkeypatch, out):
         f"--out {tmp_path}/runs/dpo: {tmp_path}/runs is a file; give a directory",
     )
     refused(capfd, arguments(world, tmp_path / "file/out"), "cannot be written: Not a directory; give another")
-    refused(capfd, arguments(world, "/proc/tgdpo"), "--out /proc/tgdpo: cannot be written: No such file")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/metrics.jsonl").write_text("{}\n")
     refused(
@@ -163,6 +162,12 @@ def test_output_paths_that_cannot_be(world, capfd, tmp_path, monkeypatch, out):
         "--resume, --overwrite or another directory",
     )
     assert (tmp_path / "other/metrics.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.linux("/proc, where no directory can be made")
+def test_an_output_path_where_nothing_can_be_made(world, capfd, monkeypatch):
+    monkeypatch.setattr(data, "load_pairs", None)
+    refused(capfd, arguments(world, "/proc/tgdpo"), "--out /proc/tgdpo: cannot be written: No such file")
 
 
 def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
@@ -431,6 +436,7 @@ def test_simpos_table_has_its_own_margin(world, tmp_path):
 # ----------------------------------------------------------------------------------------------- surroundings
 
 
+@pytest.mark.linux("an ASCII locale")
 def test_a_closed_pipe_and_a_locale_without_letters(world, tmp_path, out):
     """LC_ALL=C, paths and texts beyond ASCII, standard output a pipe that nobody reads."""
     here = tmp_path / "ünï çode 漢"
@@ -462,6 +468,7 @@ def test_nothing_open_at_all(world, tmp_path, out):
     assert [row["step"] for row in rows(out)] == [1, 2, 3] and (out / "policy/model.safetensors").exists()
 
 
+@pytest.mark.linux("/dev/full")
 def test_a_full_standard_error_changes_no_status(world, tmp_path, monkeypatch, out):
     monkeypatch.setattr(sys, "stderr", os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(sys.stderr, write_through=True))

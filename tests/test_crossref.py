@@ -10,12 +10,14 @@ from derive_text import ROOT, TEXT, sections
 import tgdpo
 
 SECTIONS = sections()
-# What tgdpo.py defines for its readers: {name: docstring}, in the file's order.
-FUNCTIONS = {
-    node.name: ast.get_docstring(node)
+# What tgdpo.py defines for its readers: {name: docstring}, in the file's order, and {name: the line it begins on}.
+DEFINED = {
+    node.name: node
     for node in ast.parse((ROOT / "tgdpo.py").read_text()).body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
+FUNCTIONS = {name: ast.get_docstring(node) for name, node in DEFINED.items()}
+LINES = {name: node.lineno for name, node in DEFINED.items()}
 TESTS = {
     path.name: re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     for path in (ROOT / "tests").glob("test_*.py")
@@ -32,7 +34,7 @@ def footer(label):
 
 def links(text):
     """[(name in backquotes, file)] of the links in the text."""
-    return re.findall(r"\[`(\w+)`\]\(([\w./]+)\)", text)
+    return re.findall(r"\[`(\w+)`\]\(([\w./]+)(?:#L\d+)?\)", text)
 
 
 def test_headings_docstrings_and_tests_have_the_same_labels():
@@ -89,13 +91,21 @@ def test_what_the_page_names_exists():
         else:
             assert file == "tgdpo.py" and hasattr(tgdpo, name)
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert target.startswith("https://") or (ROOT / target).is_file(), f"{target} does not exist"
+        assert target.startswith("https://") or (ROOT / target.split("#")[0]).is_file(), f"{target} does not exist"
     for test in re.findall(r"\btest_\w+", TEXT):
         assert any(test in tests or f"{test}.py" in TESTS for tests in TESTS.values()), test
     notation = TEXT.split("## Notation")[1].split("##")[0]
     code = (ROOT / "tgdpo.py").read_text(encoding="utf-8")
     for name in re.findall(r"`(\w+)`", notation):
         assert re.search(rf"\b{name}\b" if not name.startswith("_") else rf"{name}\b", code), name
+
+
+def test_links_to_functions_go_to_their_lines():
+    found = re.findall(r"\[`(\w+)`\]\(tgdpo\.py(#L\d+)?\)", TEXT)
+    assert {name for name, _ in found} == set(LINES)
+    for name, line in found:
+        assert line == f"#L{LINES[name]}", f"[`{name}`](tgdpo.py{line}) should end in #L{LINES[name]}"
+    assert len(re.findall(r"tgdpo\.py#", TEXT)) == len(found)
 
 
 def test_the_summary_repeats_results_of_the_steps():

@@ -326,8 +326,8 @@ def test_D7_bradley_terry(one_f):
     star_l, z_l = tgdpo.closed_form(ref, reward, f_l, BETA)
     for y_w, y_l in itertools.permutations(TREE.responses, 2):
         f = along(f_w, y_w), along(f_l, y_l)
-        phi = tgdpo.phi(along(star_w - ref, y_w), along(star_l - ref, y_l), *f, BETA)
-        delta = tgdpo.delta(along(z_w, y_w), along(z_l, y_l), *f, BETA)
+        phi = tgdpo.weighted_margin(along(star_w - ref, y_w), along(star_l - ref, y_l), *f, BETA)
+        delta = tgdpo.partition_term(along(z_w, y_w), along(z_l, y_l), *f, BETA)
         expected = 1 / (1 + math.exp(total(reward, y_l) - total(reward, y_w)))
         assert tgdpo.preference(phi, delta).item() == approx(expected, abs=1e-12)
 
@@ -335,7 +335,7 @@ def test_D7_bradley_terry(one_f):
 def scores(policies, ref, f_w, f_l, y_w, y_l):
     """phi of many policies [N, S, A] on one pair: [N]."""
     take = lambda y: (policies - ref)[:, [s for s, _ in y], [a for _, a in y]]
-    return tgdpo.phi(take(y_w), take(y_l), along(f_w, y_w), along(f_l, y_l), BETA)
+    return tgdpo.weighted_margin(take(y_w), take(y_l), along(f_w, y_w), along(f_l, y_l), BETA)
 
 
 @pytest.mark.parametrize("shift", [-3.0, 0.4, 5.0])
@@ -360,7 +360,7 @@ def test_D8_one_pair(shift):
 def test_D8_delta_by_hand():
     # beta 0.5; chosen: f (2, 1), log Z (0.3, -0.1); rejected: f (0.5, padding), log Z (0.4, 0).
     numbers = [torch.tensor([x], dtype=F64) for x in ([0.3, -0.1], [0.4, 0.0], [2.0, 1.0], [0.5, 1.0])]
-    assert tgdpo.delta(*numbers, 0.5).item() == approx(0.5 * (0.6 - 0.1 - 0.2), abs=1e-15)
+    assert tgdpo.partition_term(*numbers, 0.5).item() == approx(0.5 * (0.6 - 0.1 - 0.2), abs=1e-15)
 
 
 def test_D8_a_data_set_may_turn():
@@ -370,12 +370,12 @@ def test_D8_a_data_set_may_turn():
     log_z = tgdpo.closed_form(0 * one, torch.tensor([[log(4)], [0.0]], dtype=F64), one, 1.0)[1]
     z_red, z_blue = (torch.tensor([[0.0, z]], dtype=F64) for z in log_z.tolist())
     ones = torch.ones(1, 2, dtype=F64)
-    delta = tgdpo.delta(z_red, z_blue, ones, ones, 1.0)
+    delta = tgdpo.partition_term(z_red, z_blue, ones, ones, 1.0)
     assert delta.item() == approx(log(4), abs=1e-15)
 
     def loss(p, d):  # three pairs; p = pi(red | prompt)
         ratio = lambda q: torch.stack([2 * q, torch.ones_like(q)]).log()[None]
-        phi = tgdpo.phi(ratio(p), ratio(1 - p), ones, ones, 1.0)
+        phi = tgdpo.weighted_margin(ratio(p), ratio(1 - p), ones, ones, 1.0)
         return -2 * tgdpo.preference(phi, d).log().sum() - tgdpo.preference(-phi, -d).log().sum()
 
     def minimiser(d):
@@ -416,7 +416,7 @@ def test_D8_a_reward_with_delta_zero(seed):
     star, log_z = tgdpo.closed_form(ref, shaped, f, BETA)
     assert log_z.abs().max().item() < 1e-12
     for y_w, y_l in itertools.combinations(TREE.responses, 2):
-        phi = tgdpo.phi(along(star - ref, y_w), along(star - ref, y_l), along(f, y_w), along(f, y_l), BETA)
+        phi = tgdpo.weighted_margin(along(star - ref, y_w), along(star - ref, y_l), along(f, y_w), along(f, y_l), BETA)
         assert phi.item() == approx(total(reward, y_w) - total(reward, y_l), abs=1e-10)
 
 
@@ -431,7 +431,7 @@ def test_D9_sequence_optimum(seed):
         for s, a in y:
             guide[s, a] += p
     guide = (guide / guide.sum(-1, keepdim=True)).log()
-    r_hat = tgdpo.r_hat(guide, ref, BETA)
+    r_hat = tgdpo.token_reward(guide, ref, BETA)
     v = torch.tensor(soft_values(ref, reward, BETA), dtype=F64)
     same(r_hat, reward + v[TREE.child] - v[:-1, None])
     # As a token reward it makes the greedy optimum of D3 the sequence-level one.
@@ -443,17 +443,17 @@ def test_D9_sequence_optimum(seed):
 
 def test_D9_by_hand():
     guide = torch.tensor([[3 / 8, 5 / 8]], dtype=F64).log().requires_grad_()
-    r_hat = tgdpo.r_hat(guide, HAND_REF[:1].clone().requires_grad_(), 1.0)
+    r_hat = tgdpo.token_reward(guide, HAND_REF[:1].clone().requires_grad_(), 1.0)
     assert not r_hat.requires_grad
     by_hand = [log(3) + 0 - log(4), 0 + log(5) - log(4)]  # r + V(next) - V(prompt)
     assert r_hat[0].tolist() == approx([quoted("D9", v) for v in by_hand], abs=1e-12)
-    assert tgdpo.r_hat(guide, HAND_REF[:1], 0.1)[0].tolist() == approx([0.1 * v for v in by_hand], abs=1e-12)
+    assert tgdpo.token_reward(guide, HAND_REF[:1], 0.1)[0].tolist() == approx([0.1 * v for v in by_hand], abs=1e-12)
 
 
 def test_D10_by_hand():
     r_hat = torch.tensor([0.4, -0.2, 0.0], dtype=F64)
-    assert tgdpo.f_w(r_hat, 0.5).tolist() == approx([1.2, 0.9, 1.0], abs=1e-15)
-    assert tgdpo.f_l(r_hat, 0.5).tolist() == approx([0.8, 1.1, 1.0], abs=1e-15)
+    assert tgdpo.chosen_weight(r_hat, 0.5).tolist() == approx([1.2, 0.9, 1.0], abs=1e-15)
+    assert tgdpo.rejected_weight(r_hat, 0.5).tolist() == approx([0.8, 1.1, 1.0], abs=1e-15)
 
 
 def test_D10_no_one_policy_for_both():
@@ -461,9 +461,9 @@ def test_D10_no_one_policy_for_both():
     ref, reward = torch.full((1, 2), 0.5, dtype=F64).log(), torch.tensor([[log(4), 0.0]], dtype=F64)
     r_hat = torch.full((1, 2), 0.5, dtype=F64)
     for f, odds in (
-        (tgdpo.f_w(r_hat, 1.0), 4 ** (1 / 1.5)),
+        (tgdpo.chosen_weight(r_hat, 1.0), 4 ** (1 / 1.5)),
         (torch.ones_like(r_hat), 4),
-        (tgdpo.f_l(r_hat, 1.0), 4**2),
+        (tgdpo.rejected_weight(r_hat, 1.0), 4**2),
     ):
         star = tgdpo.closed_form(ref, reward, f, 1.0)[0]
         assert star[0, 0].exp().item() == approx(quoted("D10", odds / (1 + odds)), abs=1e-12)
@@ -472,8 +472,10 @@ def test_D10_no_one_policy_for_both():
 def test_D10_a_shared_token():
     # Both begin with the same token, log-ratio 0.3, r_hat 0.5; alpha = 1, beta = 0.1.
     ratio, r_hat = torch.tensor([[0.3]], dtype=F64), torch.tensor([[0.5]], dtype=F64)
-    phi = tgdpo.phi(ratio, ratio, tgdpo.f_w(r_hat, 1.0), tgdpo.f_l(r_hat, 1.0), 0.1).item()
+    phi = tgdpo.weighted_margin(
+        ratio, ratio, tgdpo.chosen_weight(r_hat, 1.0), tgdpo.rejected_weight(r_hat, 1.0), 0.1
+    ).item()
     assert phi == approx(quoted("D10", 0.1 * (1.5 - 0.5) * 0.3, 2), abs=1e-15)
     # The same phi with the labels swapped: the two sigma(phi) do not sum to 1.
     assert 2 * torch.sigmoid(torch.tensor(phi)).item() > 1.01
-    assert tgdpo.phi(ratio, ratio, torch.ones(1, 1), torch.ones(1, 1), 0.1).item() == 0
+    assert tgdpo.weighted_margin(ratio, ratio, torch.ones(1, 1), torch.ones(1, 1), 0.1).item() == 0

@@ -21,6 +21,15 @@ CONFIG = types.SimpleNamespace(
 )
 
 
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_the_peak_is_in_bytes_on_macos_too(monkeypatch, platform, unit):
+    usage = types.SimpleNamespace(ru_maxrss=3_000_000)
+    monkeypatch.setattr(flops.sys, "platform", platform)
+    monkeypatch.setattr(flops.resource, "getrusage", lambda who: usage)
+    row = flops.speed(types.SimpleNamespace(type="cpu"), 1, [], 0.0)
+    assert row["peak_memory"] == 3_000_000 * unit
+
+
 def test_a_pair_by_hand():
     """A layer has 6 · 8 numbers in q, 6 · 4 in k and in v, 8 · 6 in o, 3 · 6 · 10 in the MLP: 324; three have 972. The
     head has 300. Prompt 5, chosen 3, rejected 2: 3 · (2 · 972 · 10 + 2 · 300 · 5) = 67,320, and attention

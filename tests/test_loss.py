@@ -56,6 +56,8 @@ def test_D11_worked_pair():
     assert (loss.dpo_margin.item(), loss.logratio_w.item(), loss.logratio_l.item()) == approx(
         (quoted("D11", 0.95, 2), 1.5, -0.4), abs=1e-14
     )
+    assert [t[0].tolist() for t in loss.r_hat] == [approx([0.4, -0.2], abs=1e-15), approx([0.5], abs=1e-15)]
+    assert [t[0].tolist() for t in loss.f] == [approx([1.4, 0.8], abs=1e-15), approx([0.5], abs=1e-15)]
     plain = tgdpo.dpo_loss(POLICY, REF, beta=0.5)
     assert quoted("D11", plain.losses.item()) == approx(log(1 + exp(-0.95)), abs=1e-14)
 
@@ -73,8 +75,11 @@ def test_D11_padding():
     policy, roomy = leaf(policy), leaf(wide(policy, (4, 1)))
     loss = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     other = tgdpo.tgdpo_loss(roomy, wide(ref, (4, 1)), wide(guide, (4, 1)), 0.3, 0.8)
-    for a, b in zip(loss, other):
+    for a, b in zip(loss[:5], other[:5]):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+    for given, absent in ((other.r_hat, 0), (other.f, 1)):
+        for tensor, mask in zip(given, real):
+            assert (tensor[:, mask.shape[1] :] == absent).all() and (tensor[:, : mask.shape[1]][~mask] == absent).all()
     loss.losses.sum().backward()
     other.losses.sum().backward()
     for tensor, roomy_tensor, mask in zip(policy, roomy, real):
@@ -91,7 +96,7 @@ def test_D11_each_pair_alone():
     loss = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     for b in range(6):
         one = tgdpo.tgdpo_loss(*([t[b : b + 1] for t in pair] for pair in (policy, ref, guide)), 0.3, 0.8)
-        for field, value in zip(loss, one):
+        for field, value in zip(loss[:5], one[:5]):
             assert value.item() == approx(field[b].item(), abs=1e-15)
     loss.losses.mean().backward()
     assert all(t.grad is None for t in ref + guide) and all(t.grad.abs().sum() > 0 for t in policy)
@@ -122,8 +127,9 @@ def test_D12_formula(alpha):
     policy = leaf(policy)
     loss = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, alpha)
     loss.losses.sum().backward()
-    r_hat_w, r_hat_l = (tgdpo.r_hat(g, r, 0.3) for g, r in zip(guide, ref))
-    f = tgdpo.f_w(r_hat_w, alpha), tgdpo.f_l(r_hat_l, alpha)
+    r_hat_w, r_hat_l = (tgdpo.token_reward(g, r, 0.3) for g, r in zip(guide, ref))
+    f = tgdpo.chosen_weight(r_hat_w, alpha), tgdpo.rejected_weight(r_hat_l, alpha)
+    assert all((a == b).all() for a, b in zip((*loss.r_hat, *loss.f), (r_hat_w, r_hat_l, *f)))
     formula = tgdpo.token_gradients(loss.phi.detach(), *f, 0.3)
     for side, mask in enumerate(real):
         torch.testing.assert_close(formula[side][mask], policy[side].grad[mask], rtol=0, atol=1e-14)
@@ -238,10 +244,11 @@ def test_D14_special_cases():
     assert (dpo.phi == dpo.dpo_margin).all()
     for its_guide, alpha in ((guide, 0.0), (ref, 0.8)):
         special = tgdpo.tgdpo_loss(policy, ref, its_guide, 0.3, alpha)
-        assert all((ours == theirs).all() for ours, theirs in zip(special, dpo))  # to the last bit
+        assert all((ours == theirs).all() for ours, theirs in zip(special[:5], dpo[:5]))  # to the last bit
     other = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8)
     assert (other.losses - dpo.losses).abs().min() > 1e-3
     torch.testing.assert_close(other.dpo_margin, dpo.phi, rtol=0, atol=1e-15)
+    assert dpo.r_hat is None and dpo.f is None
 
 
 def test_D14_partition_function_cancels():
@@ -259,7 +266,12 @@ def test_D15_by_hand():
     loss = tgdpo.simpo_loss((pad([-2, -2, -2]), pad([-2.5, -2.5])), ([3], [2]), beta=2.0, gamma=0.5)
     assert loss.phi.item() == approx(2 * (-2 + 2.5), abs=1e-14)
     assert quoted("D15", loss.losses.item()) == approx(log(1 + exp(-0.5)), abs=1e-14)
-    assert loss[2:] == (None, None, None)
+    assert loss[2:] == (None,) * 5
+
+
+def test_D15_the_reward_of_a_token():
+    reward = tgdpo.mean_reward(pad([-2, -1, -3], [-4]), torch.tensor([3, 1]), 1.5)
+    assert reward.tolist() == [approx([-1.0, -0.5, -1.5], abs=1e-15), approx([-6, 0, 0], abs=1e-15)]
 
 
 def test_D15_uniform_reference():
@@ -282,7 +294,7 @@ def test_D16_own_optimum():
     draw = torch.Generator().manual_seed(7)
     guide, ref = (torch.randn(5, 4, generator=draw, dtype=F64).log_softmax(-1) for _ in range(2))
     for guide_beta in (0.1, 2.5):
-        r_hat = tgdpo.r_hat(guide, ref, guide_beta)
+        r_hat = tgdpo.token_reward(guide, ref, guide_beta)
         star, log_z = tgdpo.closed_form(ref, r_hat, torch.ones_like(ref), guide_beta)
         torch.testing.assert_close(star, guide, rtol=0, atol=1e-12)
         assert log_z.abs().max() < 1e-12
@@ -291,7 +303,7 @@ def test_D16_own_optimum():
 def test_D16_wrong_way_round():
     guide, ref = (pad([-2, -2, -2]), pad([-2.5, -2.5])), (pad([-1.5, -1.5, -1.5]), pad([-3, -3]))
     assert tgdpo.simpo_loss(guide, ([3], [2]), 2.0, 0.5).phi.item() > 0.5
-    sums = [tgdpo.r_hat(g, r, 0.1).sum().item() for g, r in zip(guide, ref)]
+    sums = [tgdpo.token_reward(g, r, 0.1).sum().item() for g, r in zip(guide, ref)]
     assert sums == approx([quoted("D16", -0.15, 2), quoted("D16", 0.1, 2)], abs=1e-15)
     # A DPO guide cannot: the sums' difference is its own margin.
     dpo = tgdpo.dpo_loss(guide, ref, 0.1)

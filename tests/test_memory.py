@@ -9,7 +9,6 @@ import functools
 import gc
 import json
 import os
-import sys
 
 import launcher
 import pytest
@@ -17,10 +16,10 @@ import torch
 from tiny_world import make_tokenizer
 
 import model
-from runtime import memory
+from runtime import container, memory
 from runtime.options import Options
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = pytest.mark.linux("reads /proc, tunes malloc")
 
 M_MMAP_THRESHOLD, TENSOR = -3, 65536  # mallopt: blocks from so many bytes on are mapped by themselves
 LLAMA = {
@@ -52,9 +51,9 @@ LLAMA_1B = LLAMA_8B | {
 def test_the_plan_counts_the_logits_that_are_made():
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
         assert (
-            model.chunk_rows(128256, device) * 128256 * 4
+            model.chunk_tokens(128256, device) * 128256 * 4
             <= planned
-            < (model.chunk_rows(128256, device) + 1) * 128256 * 4
+            < (model.chunk_tokens(128256, device) + 1) * 128256 * 4
         )
 
 
@@ -225,6 +224,53 @@ def test_the_table_for_other_numbers_of_ranks():
     assert "more than 85%" in " ".join(rows[0]) and rows[3][-1] == "none"
 
 
+def test_a_machine_or_container_too_small_for_the_plan_is_said(monkeypatch):
+    config = model.parse_config(LLAMA | LLAMA_1B)
+    here = memory.make(config, Options(), 1, "cpu", 4, 2400, 0)
+    need = sum(here.parts.values())
+    monkeypatch.setattr(container, "memory", lambda: need)
+    assert memory.warnings(here, 1) == []
+    (line,) = memory.warnings(here, 2)
+    assert f"the plan needs {2 * need / 1e9:.1f} GB, this machine (or its container) has {need / 1e9:.1f} GB" in line
+    assert "a smaller --micro-tokens" in line
+    assert memory.warnings(plan(LLAMA_8B, 1, room=1e9), 8) == []  # a GPU's memory is another's
+
+
+def test_a_run_says_that_its_container_is_too_small(tmp_path, monkeypatch, capsys):
+    import train
+
+    monkeypatch.setattr(container, "memory", lambda: 10**7)
+    assert train.main(["--dry-run"]) == 0
+    assert "warning: the plan needs" in capsys.readouterr().out
+    monkeypatch.setattr(container, "memory", lambda: 10**13)
+    assert train.main(["--dry-run"]) == 0
+    assert "warning: the plan needs" not in capsys.readouterr().out
+
+
+V1 = "/sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    "cgroup, files",
+    [
+        ("0::/\n", ["/sys/fs/cgroup/memory.max"]),
+        ("0::/docker/ab\n", [f"/sys/fs/cgroup{group}/memory.max" for group in ("/docker/ab", "/docker", "")]),
+        ("4:memory:/job:1\n1:cpu,cpuacct:/\n", [f"{V1}/job:1/memory.limit_in_bytes", f"{V1}/memory.limit_in_bytes"]),
+        ("2:cpu,memory:/\n0::/\n", [f"{V1}/memory.limit_in_bytes", "/sys/fs/cgroup/memory.max"]),
+        ("1:name=systemd:/x\n", []),
+        ("", []),
+    ],
+)
+def test_where_a_containers_limit_may_stand(cgroup, files):
+    assert container.limit_files(cgroup) == files
+
+
+def test_the_smallest_limit_counts():
+    assert container.smallest(64, []) == container.smallest(64, ["max\n", "", "9223372036854771712\n"]) == 64
+    assert container.smallest(64, ["max\n", "32\n", "48\n"]) == 32
+    assert 2**27 < container.memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 # ----------------------------------------------------------------------------------------- loading and export
 
 LARGE = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 40000, "num_hidden_layers": 6}
@@ -238,12 +284,12 @@ def measure_loading_and_export(tiny, path, rank):
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, TENSOR)
 
     def loaded_and_exported(run, stage, directory):
-        train.export(run, train.sharded(tiny, run), os.path.join(run.out, "tiny"), tiny)
+        train.export(run, train.sharded(tiny, run), os.path.join(run.out, "tiny"), tiny, "dpo")
         before = resident()
         net = train.sharded(directory, run)
         peaks = {"loading": status("VmHWM") - before}
         resident()
-        train.export(run, net, os.path.join(run.out, "policy"), directory)
+        train.export(run, net, os.path.join(run.out, "policy"), directory, "dpo")
         peaks["export"] = status("VmHWM") - before
         shard = sum(4 * parameter.to_local().numel() for parameter in net.parameters())
         with open(f"{path}.{rank}", "w") as file:

@@ -1,16 +1,21 @@
 """The options table: flags, TOML, checks, help and the saved config come from it and agree."""
 
+import builtins
+import dataclasses
+import errno
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from torch.distributed.run import get_args_parser
 
 from files.errors import BadInput
 from runtime import options
+from runtime.losses import LOSSES
 from runtime.options import resolve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -179,6 +184,49 @@ def test_bad_config_bytes(tmp_path):
     assert resolve(["--config", str(tmp_path / "b.toml")]).seed == 5
 
 
+@pytest.mark.parametrize("barred", ["recipe.toml", "examples"])
+def test_files_of_the_checkout_that_cannot_be_read_get_one_line(tmp_path, monkeypatch, barred):
+    """The bundled recipe has mode 000, or stands where another user may not look. Root may: hence pretended."""
+    recipe = options.TINY / "recipe.toml"
+    recipe.write_text("seed = 3")
+    real = {"open": builtins.open, "stat": os.stat}
+
+    def refuse(name):
+        def call(path, *more, **options_of_it):
+            if isinstance(path, (str, os.PathLike)) and os.fspath(path) == str(recipe):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real[name](path, *more, **options_of_it)
+
+        return call
+
+    assert resolve([]).seed == 3
+    monkeypatch.setattr(builtins, "open", refuse("open"))
+    if barred == "examples":
+        monkeypatch.setattr(os, "stat", refuse("stat"))
+    with pytest.raises(BadInput) as caught:
+        resolve([])
+    assert str(caught.value) == f"{recipe}: cannot be read: Permission denied"
+    assert resolve(["--model", "org/other"]).seed == 0  # which needs no recipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(map(chr, range(1, 0x100))),
+        "\u2028\u2029\u200b\ufeff\u202e\ufffe\ud7ff\ue000",  # separators, invisible, bidi, the edges of surrogates
+        "\U0001f600 \U000e0001 \U0010ffff",  # beyond 16 bits
+        "\\ \\u0041 \"quoted\" 'single' /",
+    ],
+)
+def test_strings_in_toml(config, text):
+    """TOML's basic strings are not JSON's: no raw DEL, and no pairs of surrogates."""
+    written = options._toml_value(text)
+    assert written.isprintable() and tomllib.loads(f"a = {written}") == {"a": text}
+    saved = options.to_toml(dataclasses.replace(resolve([]), chat_template=text, data=(text, "b")))
+    read = options.read_toml(config(saved)[1])
+    assert (read["chat_template"], read["data"]) == (text, (text, "b"))
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -271,15 +319,16 @@ def test_every_option_has_flag_help_and_group():
         assert f"--{name.replace('_', '-')} " in help_text.replace(",", " ")
         assert " ".join(field.metadata["help"].split()) in help_text
     assert "[7e-07]" in help_text and "[0]" in help_text and "[no]" in help_text
-    for losses in options.IGNORED.values():
-        assert set(losses) <= set(options.FIELDS)
+    for entry in LOSSES.values():
+        assert set(entry.options) <= set(options.FIELDS)
 
 
 def test_every_option_is_read():
     read = "".join(
         path.read_text() for path in [ROOT / "train.py", *(ROOT / "runtime").glob("*.py")] if path.name != "options.py"
     )
-    assert [name for name in options.FIELDS if not re.search(rf"options\.{name}\b", read)] == []
+    handed_over = {name for entry in LOSSES.values() for name in entry.options}  # to the loss, by train.loss_of
+    assert [name for name in options.FIELDS.keys() - handed_over if not re.search(rf"options\.{name}\b", read)] == []
 
 
 def test_no_option_is_a_strict_prefix_of_one_of_torchruns():

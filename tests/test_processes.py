@@ -2,19 +2,23 @@
 
 import dataclasses
 import errno
+import fcntl
 import multiprocessing
 import os
 import signal
 import socket
+import sys
+import tempfile
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from kill_loop import on_ranks
 
 from files.errors import BadInput
 from runtime import disk, options, outdir, process_group, signals
-from runtime.failures import Stopped
+from runtime.failures import RunFailed, Stopped
 
 FORK = multiprocessing.get_context("fork")  # a forked rank need not import torch again
 
@@ -78,6 +82,8 @@ class Group:
 
 @pytest.fixture
 def group():
+    if sys.platform != "linux":
+        pytest.skip("Linux only: forks a process group")
     made = []
 
     def start(*args, **kwargs):
@@ -152,6 +158,7 @@ def test_port_in_use(monkeypatch):
             process_group.start(0.05, "cpu")
 
 
+@pytest.mark.linux("forks a process group")
 def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
     monkeypatch.setattr(process_group, "GRACE", 0.5)
     with socket.socket() as silent:
@@ -167,6 +174,32 @@ def test_something_else_at_the_port_ends_in_time_too(monkeypatch, capfd):
         lost.join(10)
         assert lost.exitcode == 2
     assert "train.py: error: rank 1 of 2 found no complete group" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("platform, loopback", [("linux", "lo"), ("darwin", "lo0")])
+def test_a_process_alone_does_not_ask_for_its_machines_name(monkeypatch, platform, loopback):
+    """gloo does, for up to 35 seconds where nobody knows the name, unless it is told which interface to take."""
+    seen = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(dist, "init_process_group", lambda **_: seen.append(os.environ.get("GLOO_SOCKET_IFNAME")))
+    for given in (None, "eth7"):
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        if given:
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+        process_group.start(1, "cpu")
+        process_group.stop()
+    assert seen == [loopback, "eth7"]
+
+
+def test_several_ranks_find_each_other_by_what_the_user_set(group):
+    def work(ranks, pipe):
+        pipe.send(os.environ.get("GLOO_SOCKET_IFNAME"))
+
+    before = os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    assert group(2, work).told() == [None, None]
+    if before:
+        os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
 # ---------------------------------------------------------------------------------- what rank 0 does for all
@@ -204,6 +237,17 @@ def test_the_others_wait_for_rank_0_longer_than_a_collective_may_take(group):
         pipe.send(process_group.on_rank_0(lambda: time.sleep(2.5) or "done"))
 
     assert group(2, work, minutes=1 / 60).told() == ["done", "done"]
+
+
+def test_a_group_that_start_did_not_make_will_do(tmp_path):
+    def body(rank):
+        told = [process_group.on_rank_0(lambda: f"rank {rank}"), process_group.on_all_ranks(lambda: rank, patient=True)]
+        try:
+            process_group.on_rank_0(lambda: {}["x"])
+        except KeyError as error:
+            return told + [error.rank]
+
+    assert on_ranks(2, body, tmp_path) == [["rank 0", [0, 1], 0]] * 2
 
 
 def test_together_goes_on_for_the_others_where_rank_0_fails_half_way(group):
@@ -403,13 +447,65 @@ def test_two_runs_in_one_directory(monkeypatch, tmp_path, group):
     process_group.stop()
 
 
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "ENOTSUP"])
+def test_a_file_system_without_locks_is_noted_and_used(alone, tmp_path, monkeypatch, capfd, name):
+    def no_locks(*_):
+        raise OSError(getattr(errno, name), "no locks")
+
+    if name == "ENOTSUP":
+        monkeypatch.setattr(errno, "ENOTSUP", 45)  # as on macOS, where it is another number than EOPNOTSUPP
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert outdir.claim(wanted(tmp_path)) == str(tmp_path)
+    assert "note: the file system of" in capfd.readouterr().err
+
+
+def test_other_failures_of_a_lock_and_a_link_in_its_place_are_refused(alone, tmp_path, monkeypatch):
+    (tmp_path / "kept").write_text("not ours")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / ".lock").symlink_to(tmp_path / "kept")
+    with pytest.raises(BadInput, match="cannot be written: Too many levels of symbolic links"):
+        outdir.claim(wanted(tmp_path / "link"))
+    assert (tmp_path / "kept").read_text() == "not ours"
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(BadInput, match="cannot be written: Input/output error"):
+        outdir.claim(wanted(tmp_path / "out"))
+
+
+def test_overwrite_keeps_what_is_read_under_a_name_of_other_letters(alone, tmp_path, monkeypatch):
+    """As on macOS, whose file systems take Out/Policy for out/policy."""
+    (tmp_path / "out" / "policy").mkdir(parents=True)
+    (tmp_path / "out" / "policy" / "config.json").touch()
+    exists, samefile = os.path.exists, os.path.samefile
+
+    def folded(path):
+        return str(path).replace("Out", "out").replace("Policy", "policy")
+
+    monkeypatch.setattr(os.path, "exists", lambda path: exists(folded(path)))
+    monkeypatch.setattr(os.path, "samefile", lambda a, b: samefile(folded(a), folded(b)))
+    for read in ("Out/Policy", "Out/Policy/config.json"):
+        asked = wanted(tmp_path / "out", overwrite=True, model=str(tmp_path / read))
+        with pytest.raises(BadInput, match=f"--overwrite would remove .*{read}, which this run reads"):
+            outdir.clear(str(tmp_path / "out"), asked)
+    assert (tmp_path / "out" / "policy" / "config.json").exists()
+    outdir.clear(str(tmp_path / "out"), wanted(tmp_path / "out", overwrite=True, model=str(tmp_path / "Out/other")))
+    assert os.listdir(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize(
     "path, message",
     [
         ("file", "file is a file; give a directory"),
         ("file/out", "cannot be written: Not a directory"),
         ("n" * 300, "cannot be written: File name too long"),
-        ("/proc/tgdpo/out", "/proc/tgdpo/out: cannot be written: No such file"),
+        pytest.param(
+            "/proc/tgdpo/out",
+            "/proc/tgdpo/out: cannot be written: No such file",
+            marks=pytest.mark.linux("/proc, where no directory can be made"),
+        ),
     ],
 )
 def test_output_paths_that_cannot_be(alone, tmp_path, path, message):
@@ -419,17 +515,23 @@ def test_output_paths_that_cannot_be(alone, tmp_path, path, message):
     assert str(caught.value).startswith("--out ")
 
 
-def test_no_write_permission(alone, tmp_path):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)  # root may write everywhere
-    try:
-        with pytest.raises(BadInput, match="--out .*/closed: cannot be written: Permission denied; give"):
-            outdir.claim(wanted(tmp_path / "closed"))
-    finally:
-        if root:
-            os.seteuid(0)
+def test_no_write_permission(alone):
+    """In a place that another user can reach: root may write everywhere, so it becomes one for the test."""
+    with tempfile.TemporaryDirectory() as place:
+        closed = os.path.join(place, "closed")
+        os.chmod(place, 0o755)
+        os.mkdir(closed, mode=0o500)
+        asked, root = wanted(closed), os.geteuid() == 0  # the options are read as the user that can
+        try:
+            if root:
+                os.seteuid(65534)
+            if not os.access(closed, os.F_OK, effective_ids=os.access in os.supports_effective_ids):
+                pytest.skip(f"another user cannot reach {place}")
+            with pytest.raises(BadInput, match="--out .*/closed: cannot be written: Permission denied; give"):
+                outdir.claim(asked)
+        finally:
+            if root:
+                os.seteuid(0)
 
 
 def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
@@ -450,9 +552,9 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
 def test_space_is_asked_for_in_those_words(tmp_path):
     disk.need_space(tmp_path / "not" / "yet", 1000, "checkpoint")
     with pytest.raises(
-        disk.NoSpace,
+        RunFailed,
         match=rf"the disk that holds {tmp_path} has [\d.]+ GB free; the "
         r"checkpoint needs 1000000000.00 GB",
     ) as caught:
         disk.need_space(tmp_path / "not" / "yet", 10**18, "the checkpoint")
-    assert isinstance(caught.value, OSError) and str(caught.value).startswith("the disk")
+    assert isinstance(caught.value, RuntimeError) and str(caught.value).startswith("the disk")

@@ -1,6 +1,7 @@
 """What the README shows is run: its commands, its rows, its links. The two commands at its head are what .ci/run and
 whoever clones the project run; here train.py's are started with a small model and small data instead."""
 
+import importlib
 import json
 import pathlib
 import re
@@ -23,7 +24,7 @@ def commands(text):
     lines = text.replace("\\\n", " ").splitlines()
     starts = re.compile(r"^\s*(?:.*&& )?(?:python|torchrun .*?) ?train\.py(?P<rest>.*)$")
     found = [match.group("rest") for match in map(starts.match, lines) if match]
-    return [shlex.split(re.sub(r"   .*|…", "", rest)) for rest in found]
+    return [shlex.split(re.sub(r"  .*|…", "", rest)) for rest in found]
 
 
 COMMANDS = [arguments for block in BLOCKS for arguments in commands(block)]
@@ -96,3 +97,17 @@ def test_every_option_that_the_readme_names_exists():
     of_others = {"--nproc", "--nnodes", "--rdzv", "--shutdown-timeout"}
     for name in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
         assert name in known or name in of_others, name
+
+
+def test_what_the_map_names_exists():
+    """CONTRIBUTING.md: files and folders, and names in modules; tests/README.md: its files."""
+    words = re.findall(r"`([\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(words) > 30
+    for word in words:
+        module, _, name = word.rpartition(".")
+        if (ROOT / (module.replace(".", "/") + ".py")).exists() and name != "py":
+            assert hasattr(importlib.import_module(module), name), word
+        elif "/" in word or name == "py":
+            assert (ROOT / word).exists(), word
+    for name in re.findall(r"(?:tests/)?(\w+\.py)", (ROOT / "tests" / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / "tests" / name).exists(), name

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from report import figures, report
-from report.text import UNSEEN, visible
+from report.text import UNSEEN, signed, visible
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -51,6 +51,30 @@ WORDS = (
     " run",
     "ning",
 )
+
+
+def with_results(row, loss="tgdpo", beta=0.1, alpha=0.5, guide_beta=1.0):
+    """A row of tokens.jsonl with what a run records beside the log-probabilities, as train.py does."""
+    for side, sign in (("chosen", 1), ("rejected", -1)):
+        part = row[side]
+        logps = {name: np.array(part[name]) for name in ("ref", "guide", "policy") if name in part}
+        if "ref" in logps and "policy" in logps:
+            part["moved"] = (logps["policy"] - logps["ref"]).tolist()
+        if loss == "tgdpo" and "guide" in logps:
+            reward = guide_beta * (logps["guide"] - logps["ref"])
+            part |= {"reward": reward.tolist(), "f": (1 + sign * alpha * reward).tolist()}
+        elif loss == "dpo" and "moved" in part:
+            part["reward"] = (beta * np.array(part["moved"])).tolist()
+        elif loss == "simpo" and "policy" in logps:
+            part["reward"] = (beta / len(logps["policy"]) * logps["policy"]).tolist()
+    difference = lambda values: float(values(row["chosen"]) - values(row["rejected"]))
+    if "reward" in row["chosen"]:
+        row["margin"] = difference(lambda part: sum(part["reward"]))
+    if "moved" in row["chosen"]:
+        row["dpo_margin"] = beta * difference(lambda part: sum(part["moved"]))
+        if "f" in row["chosen"]:
+            row["phi"] = beta * difference(lambda part: np.dot(part["f"], part["moved"]))
+    return row
 
 
 def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=60):
@@ -118,7 +142,7 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
                     row[side]["ref"] = ref.round(5).tolist()
                 if loss == "tgdpo":
                     row[side]["guide"] = (ref + pull).round(5).tolist()
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(with_results(row, loss)) + "\n")
     (out / "samples.json").write_text(
         json.dumps([{"prompt": "What is <b>bold</b>?", "reference": "A tag.\n", "guide": "HTML", "policy": "Tag"}] * 3)
     )
@@ -138,7 +162,7 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
     return out
 
 
-def one_pair(out, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\nguide-beta = 0.25\n'):
+def one_pair(out, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\nguide-beta = 0.25\n', **results):
     """A run of one pair with numbers small enough to check by hand."""
     out.mkdir(exist_ok=True)
     (out / "config.toml").write_text(config)
@@ -148,32 +172,80 @@ def one_pair(out, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\nguide-beta = 
         "chosen": {"tokens": ["yes", "<e>"], "ref": [-2, -1], "guide": [-1, -2], "policy": [-1, -1]},
         "rejected": {"tokens": ["no", "!", "<e>"], "ref": [-1, -1, -1], "guide": [-3, -1, -1], "policy": [-2, -1, -3]},
     }
+    row = with_results(row, **({"beta": 0.5, "alpha": 2.0, "guide_beta": 0.25} | results))
     (out / "tokens.jsonl").write_text(json.dumps(row) + "\n")
     return out
 
 
-def scored(out):
+def pairs_of(out):
     rows, _ = report.read_rows(out / "tokens.jsonl")
-    settings = report.settings_of(report.read_config(out / "config.toml"), [])
-    return [report.score(number, row, settings) for number, row in enumerate(rows, 1)]
+    return [report.read_pair(number, row) for number, row in enumerate(rows, 1)]
+
+
+def on_the_page(path):
+    """What the HTML file says: its data, with the packed numbers of its pairs as lists."""
+    text = path.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    for pair in data["pairs"]:
+        for side in figures.SIDES:
+            for name in report.NUMBERS:
+                if name in pair[side]:
+                    pair[side][name] = np.frombuffer(base64.b64decode(pair[side][name]), "<f4").tolist()
+    return data
 
 
 def test_a_pair_by_hand(tmp_path):
-    (pair,) = scored(one_pair(tmp_path))
-    assert [part.tolist() for part in pair.reward] == [[0.25, -0.25], [-0.5, 0, 0]]  # 0.25 * (guide - ref)
-    assert [part.tolist() for part in pair.weight] == [[1.5, 0.5], [2, 1, 1]]  # 1 + 2 r_hat, 1 - 2 r_hat
+    (pair,) = pairs_of(one_pair(tmp_path))
+    assert [part["reward"].tolist() for part in (pair.chosen, pair.rejected)] == [[0.25, -0.25], [-0.5, 0, 0]]
+    assert [part["f"].tolist() for part in (pair.chosen, pair.rejected)] == [[1.5, 0.5], [2, 1, 1]]
     assert pair.margin == 0.0 - -0.5
-    assert pair.plain == 0.5 * (1 - -3)  # moved: 1 0 and -1 0 -2
+    assert pair.dpo_margin == 0.5 * (1 - -3)  # moved: 1 0 and -1 0 -2
     assert pair.phi == 0.5 * (1.5 * 1 - (2 * -1 + 1 * -2))
 
 
-def test_without_a_guide_the_policy_is_the_reward(tmp_path):
-    (pair,) = scored(one_pair(tmp_path, config='loss = "dpo"\nbeta = 0.5\n'))
-    assert [part.tolist() for part in pair.reward] == [[0.5, 0], [-0.5, 0, -1]]
-    assert [part.tolist() for part in pair.weight] == [[1, 1], [1, 1, 1]]
-    assert pair.margin == pair.plain == pair.phi == 2.0
+def test_recorded_numbers_reach_the_page_unchanged(tmp_path):
+    """Numbers that follow from no formula: whatever the run recorded is what the page holds."""
+    one_pair(tmp_path)
+    row = json.loads((tmp_path / "tokens.jsonl").read_text())
+    rng = np.random.default_rng(0)
+    for side in figures.SIDES:
+        for name in report.NUMBERS:
+            row[side][name] = rng.normal(0, 1, len(row[side]["tokens"])).astype(np.float32).tolist()
+    row |= {"margin": 0.1234567890123, "dpo_margin": -17.25, "phi": 3e-9}
+    (tmp_path / "tokens.jsonl").write_text(json.dumps(row))
+    (pair,) = on_the_page(report.write(tmp_path))["pairs"]
+    for side in figures.SIDES:
+        assert {name: pair[side][name] for name in report.NUMBERS} == {name: row[side][name] for name in report.NUMBERS}
+    for name in ("margin", "dpo_margin", "phi"):
+        assert pair[name] == row[name]
     data = report.gather(tmp_path)
-    assert not data["guided"] and data["symbol"] == "β log π/π_ref"
+    assert [each["pairs"] for each in data["classes"] if each["name"] == "guide got wrong"] == [[]]
+    means = [signed(np.mean(np.float32(row[side]["reward"]))) for side in figures.SIDES]
+    note = data["moved"]["charts"][0]["note"]
+    assert re.findall(r"mean ([+−][\d.]+)", note) == means
+
+
+def test_tokens_of_an_earlier_run_still_give_a_page(tmp_path):
+    run = make_run(tmp_path, pairs=4)
+    rows, _ = report.read_rows(run / "tokens.jsonl")
+    for row in rows:
+        for name in ("margin", "dpo_margin", "phi"):
+            del row[name]
+        for side in figures.SIDES:
+            row[side] = {name: row[side][name] for name in ("tokens", "ref", "guide", "policy")}
+    (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = on_the_page(report.write(run))
+    assert len(data["pairs"]) == 4 and data["pairs"][0]["chosen"]["guide"] == pytest.approx(rows[0]["chosen"]["guide"])
+    assert (data["moved"], data["classes"], data["colours"]) == (None, [], [])
+    assert data["curves"] and "tokens.jsonl holds no rewards" in data["notes"][-1]
+
+
+def test_without_a_guide_the_policy_is_the_reward(tmp_path):
+    (pair,) = pairs_of(one_pair(tmp_path, config='loss = "dpo"\nbeta = 0.5\n', loss="dpo"))
+    assert [part["reward"].tolist() for part in (pair.chosen, pair.rejected)] == [[0.5, 0], [-0.5, 0, -1]]
+    assert "f" not in pair.chosen and pair.phi is None and pair.margin == pair.dpo_margin == 2.0
+    data = report.gather(tmp_path)
+    assert data["symbol"] == "β log π/π_ref" and [each["key"] for each in data["colours"]] == ["reward", "moved"]
     names = [each["name"] for each in data["classes"]]
     assert names == ["largest margin", "smallest margin", "policy got wrong"]
     assert not any(" f" in chart["title"] for chart in data["moved"]["charts"])
@@ -182,25 +254,21 @@ def test_without_a_guide_the_policy_is_the_reward(tmp_path):
 def test_simpo_has_no_reference(tmp_path):
     run = make_run(tmp_path, loss="simpo", pairs=2)
     row = report.read_rows(run / "tokens.jsonl")[0][0]
-    pair, _ = scored(run)
-    for side in (0, 1):
-        policy = row[figures.SIDES[side]]["policy"]
-        assert pair.reward[side] == pytest.approx(0.1 / len(policy) * np.array(policy), rel=1e-5)
-    assert (pair.moved, pair.plain, pair.phi) == (None, None, None)
+    pair, _ = pairs_of(run)
+    for side in figures.SIDES:
+        policy = row[side]["policy"]
+        assert getattr(pair, side)["reward"] == pytest.approx(0.1 / len(policy) * np.array(policy), rel=1e-5)
+    assert ("moved" in pair.chosen, pair.dpo_margin, pair.phi) == (False, None, None)
     data = report.gather(run)
-    assert data["symbol"] == "β/|y| log π" and data["moved"]["figures"][0][0] == "Policy accuracy"
+    assert data["symbol"] == "β/|y| log π" and data["classes"][2]["name"] == "policy got wrong"
     assert "of Σ|f|" not in data["moved"]["columns"] and {len(row) for row in data["moved"]["table"]} == {6}
-    assert "marks" not in data["stages"][0]["charts"][0]
-
-
-def test_guide_beta_is_beta_where_none_is_given(tmp_path):
-    (pair,) = scored(one_pair(tmp_path, config='loss = "tgdpo"\nbeta = 0.5\nalpha = 2.0\n'))
-    assert pair.reward[0].tolist() == [0.5, -0.5]
+    (loss,) = [chart for chart in data["curves"] if chart["title"] == "Loss"]
+    assert "log 2" not in [series["name"] for series in loss["series"]]
 
 
 def test_the_pairs_helped_most_and_least_and_those_the_guide_got_wrong():
     def pair(number, margin, plain, phi):
-        return report.Scored(number, "", "", (), None, None, None, margin, plain, phi)
+        return report.Pair(number, "", "", {}, {}, margin, plain, phi)
 
     pairs = [
         pair(1, 1, 3, 4),
@@ -225,24 +293,24 @@ def test_what_carries_the_reward_by_hand(tmp_path):
     assert table["other", "rejected"] == ["1", "33.3%", "100.0%", "−0.5", "50.0%"]
     assert table["white space", "chosen"] == ["0", "0.0%", "0.0%", "–", "0.0%"]
     assert moved["end"] == "<e>"
-    told = {label: value for label, value, _ in moved["figures"]}
-    assert told["Guide accuracy"] == "100.0%" and told["Tokens with f ≤ 0, chosen"] == "0.0%"
+    assert "f ≤ 0: 0.0% of the chosen tokens, 0.0% of the rejected." in moved["charts"][1]["note"]
 
 
 def test_the_reward_is_correlated_with_length(tmp_path):
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(30):
+    for _ in range(30):
         row = {"source": "", "prompt": ""}
         for side in figures.SIDES:
             T = int(rng.integers(2, 30))
             guide = rng.normal(-0.9, 0.01, T).tolist()
             row[side] = {"tokens": ["a"] * T, "ref": [-1] * T, "guide": guide}
-        rows.append(json.dumps(row))
+        rows.append(json.dumps(with_results(row)))
     one_pair(tmp_path)
     (tmp_path / "tokens.jsonl").write_text("\n".join(rows))
-    told = {label: value for label, value, _ in report.gather(tmp_path)["moved"]["figures"]}
-    assert float(told["Summed reward with length"]) > 0.95 and float(told["Margin with extra length"]) > 0.95
+    note = report.gather(tmp_path)["moved"]["charts"][-1]["note"]
+    alone, differences = (float(value) for value in re.findall(r"[+−-]\d[\d.]*\d", note))
+    assert alone > 0.95 and differences > 0.95
 
 
 def test_kinds_of_tokens():
@@ -259,50 +327,69 @@ def test_distributions_hold_every_token(tmp_path):
     charts = {chart["title"]: chart for chart in report.gather(make_run(tmp_path))["moved"]["charts"]}
     for title in ("Distribution of r̂", "Distribution of f"):
         assert [sum(series["y"]) for series in charts[title]["series"]] == pytest.approx([1, 1], abs=1e-3)
-    mean_line = charts["Change of a token's log-ratio against its weight f"]["series"][2]
-    assert np.corrcoef(mean_line["x"], mean_line["y"])[0, 1] > 0.9  # make_run's policy follows its guide
-    band = charts["f by position"]["series"][1]
-    assert all(low < mean < high for low, mean, high in zip(band["lo"], band["y"], band["hi"]))
+    chart = charts["Where the policy moved, by weight f"]
+    mean = np.array([(x, y) for x, y in zip(chart["x"], chart["series"][0]["y"]) if y is not None])
+    assert len(mean) == 12 and np.corrcoef(mean.T)[0, 1] > 0.9  # make_run's policy follows its guide
+    chart = charts["Σ r̂ of a response by its length"]
+    assert len(chart["x"]) == 48 and chart["x"] == sorted(chart["x"])
+    assert [sum(y is not None for y in series["y"]) for series in chart["series"]] == [24, 24]
 
 
 def test_curves_by_stage(tmp_path):
     make_run(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:  # a resumed run writes its last steps again
         file.write(json.dumps({"stage": "tgdpo", "step": 60, "loss": 0.125, "lr": 1e-9}) + "\n")
-    guide, policy = report.gather(tmp_path)["stages"]
-    assert (guide["title"], policy["title"]) == ("Stage 1: the guide, trained with DPO", "Stage 2: TGDPO")
-    assert [chart["title"] for chart in policy["charts"]] == [
-        "Loss",
+    data = report.gather(tmp_path)
+    assert "Stage 2: TGDPO, step 60" in data["about"]
+    titles = [stage["title"] for stage in figures.stages_of(report.read_rows(tmp_path / "metrics.jsonl")[0], "tgdpo")]
+    assert titles == ["Stage 1: the guide, trained with DPO", "Stage 2: TGDPO"]
+    assert [chart["title"] for chart in data["curves"]] == [
+        "Accuracy: pairs with margin > 0",
         "Reward margin",
-        "Accuracy (pairs with margin > 0)",
         "Log-ratio to the reference, summed",
-        "Share of tokens with f ≤ 0",
-        "Gradient norm",
-        "Learning rate",
+        "Loss",
+        "r̂ and f in the batch: mean, least and greatest",
+        "Gradient norm, learning rate",
         "Tokens per second",
-        "Token reward r̂ in the batch",
-        "Weight f in the batch",
     ]
-    assert not any("f ≤ 0" in chart["title"] or "r̂" in chart["title"] for chart in guide["charts"])
-    loss = policy["charts"][0]["series"]
-    assert [series["name"] for series in loss] == ["training", "held out"]
-    assert loss[0]["x"] == list(range(1, 61)) and loss[1]["x"] == list(range(10, 61, 10))
-    assert loss[0]["y"][-1] == 0.125
-    assert [series["name"] for series in policy["charts"][1]["series"]] == [
-        "optimised φ, training",
-        "optimised φ, held out",
-        "plain DPO, training",
-        "plain DPO, held out",
+    charts = {chart["title"]: {series["name"]: series for series in chart["series"]} for chart in data["curves"]}
+    loss, steps = charts["Loss"], data["curves"][3]["x"]
+    assert list(loss) == ["guide, training", "guide, held out", "policy, training", "policy, held out", "log 2"]
+    assert steps == list(range(1, 61)) and None not in loss["policy, training"]["y"]
+    held_out = loss["policy, held out"]["y"]
+    assert [step for step, y in zip(steps, held_out) if y is not None] == list(range(10, 61, 10))
+    assert loss["policy, training"]["y"][-1] == 0.125
+    assert list(charts["Reward margin"]) == [
+        "guide plain DPO, training",
+        "guide plain DPO, held out",
+        "policy plain DPO, training",
+        "policy plain DPO, held out",
+        "policy optimised, training",
+        "policy optimised, held out",
     ]
-    assert [series["name"] for series in guide["charts"][1]["series"]] == ["training", "held out"]
+    assert all(series["dash"] == name.startswith("guide") for name, series in charts["Reward margin"].items())
+    assert list(charts["r̂ and f in the batch: mean, least and greatest"]) == [
+        "policy r̂",
+        "policy f",
+        "policy share of f ≤ 0",
+    ]
+    band = charts["r̂ and f in the batch: mean, least and greatest"]["policy f"]
+    assert all(low < mean < high for low, mean, high in zip(band["low"], band["y"], band["high"]))
 
 
 def test_a_long_curve_keeps_its_spikes():
     values = [0.0] * 50_000
     values[31_415], values[271] = 9.0, -7.0
-    x, y = figures.thinned(list(range(50_000)), values)
-    assert len(x) <= figures.MOST_POINTS + 2 and x == sorted(x)
-    assert (x[y.index(9.0)], x[y.index(-7.0)]) == (31_415, 271) and (x[0], x[-1]) == (0, 49_999)
+    keep = figures.thinned(values)
+    assert len(keep) <= figures.MOST_POINTS + 2 and keep == sorted(keep)
+    assert {31_415, 271} <= set(keep) and (keep[0], keep[-1]) == (0, 49_999)
+
+
+def test_a_smooth_curve_keeps_its_mean():
+    assert figures.smoothed(np.full(100, 3.0)) == pytest.approx(np.full(100, 3.0))
+    assert figures.smoothed(np.array([5.0])).tolist() == [5.0]
+    spiky = np.where(np.arange(200) % 2, 1.0, -1.0)
+    assert abs(figures.smoothed(spiky)[20:-20]).max() < 0.2
 
 
 FILES = ("metrics.jsonl", "config.toml", "tokens.jsonl", "samples.json", "dropped.jsonl", "run.json")
@@ -322,16 +409,15 @@ def test_the_page_shows_what_there_is(tmp_path):
     (run / "metrics.jsonl").write_bytes(whole["metrics.jsonl"][:-40])
     (run / "config.toml").write_bytes(whole["config.toml"][: len(b'loss = "tgdpo"\nmodel = "exa')])
     data = report.gather(run)
-    assert [pair["n"] for pair in data["pairs"]] == [1, 2, 3]
+    assert [pair["number"] for pair in data["pairs"]] == [1, 2, 3]
     assert data["notes"] == [
         "1 line(s) of metrics.jsonl could not be read and are left out.",
         "1 line(s) of tokens.jsonl could not be read and are left out.",
-        "config.toml does not give beta, alpha; assumed: beta 0.1, alpha 0.5.",
     ]
     for name in FILES:
         (run / name).unlink()
     empty = report.gather(run)
-    assert not any(empty[key] for key in ("stages", "pairs", "moved", "tables", "samples", "tiles", "notes"))
+    assert not any(empty[key] for key in ("curves", "pairs", "moved", "tables", "samples", "notes"))
 
 
 def test_values_that_no_run_writes_are_left_out(tmp_path):
@@ -357,8 +443,10 @@ def test_values_that_no_run_writes_are_left_out(tmp_path):
     data = report.gather(run)
     report.page(data)
     assert len(data["pairs"]) > 2 and "could not be read" in data["notes"][0]
-    for chart in data["moved"]["charts"] + [chart for stage in data["stages"] for chart in stage["charts"]]:
-        assert not any(None in series["x"] + series["y"] for series in chart["series"]), chart["title"]
+    for chart in data["moved"]["charts"] + data["curves"]:
+        assert None not in chart["x"] and chart["x"] == sorted(chart["x"]), chart["title"]
+        for series in chart["series"]:
+            assert len(series["y"]) == len(chart["x"]) and any(y is not None for y in series["y"]), chart["title"]
 
 
 def test_no_damage_to_a_file_stops_the_page(tmp_path):
@@ -383,7 +471,6 @@ def test_data_counts_settings_machine_and_command(tmp_path):
     assert tables["data"]["columns"] == ["", "train", "eval"]
     assert tables["data"]["rows"][:2] == [["rows read", "130", "24"], ["pairs kept", "128", "–"]]
     assert tables["reasons"]["rows"] == [["empty response", "2"]]
-    assert tables["dropped"]["rows"] == [["pairs.jsonl", "7", "empty response: chosen"]] * 2
     assert ["lr", "7e-07"] in tables["settings"]["rows"] and ["guide_beta", "1"] in tables["settings"]["rows"]
     assert tables["machine"]["rows"] == [["device", "2 cores"], ["gpu", "–"], ["torch", "2.13.0"]]
     assert data["command"] == "python train.py --seed 0" and len(data["samples"]) == 3
@@ -480,6 +567,7 @@ def awkward_run(out, tokens):
             part = tokens[start : start + 200] + ["<|end|>"]
             logps = {key: [-1 - k / 100 for k in range(len(part))] for key in ("ref", "guide", "policy")}
             row[side] = {"tokens": part, **logps}
+        with_results(row)
         row |= {"prompt": "".join(tokens[50 * i : 50 * i + 50]), "source": tokens[i]}
         rows.append(json.dumps(row))
     (run / "tokens.jsonl").write_text("\n".join(rows))
@@ -517,7 +605,7 @@ def test_tokens_leave_only_our_own_tags(tmp_path):
     (tmp_path / "none").mkdir()
     plain = report.write(tmp_path / "none").read_text(encoding="utf-8")
     text = report.write(awkward_run(tmp_path / "<img src=x>\u202e", tokens)).read_text(encoding="utf-8")
-    ours = "html head meta meta meta meta title style body header nav main noscript p div script script"
+    ours = "html head meta meta meta meta title style body header nav main noscript p script script"
     assert Tags(text).tags == Tags(plain).tags and " ".join(tag for tag, *_ in Tags(plain).tags) == ours
     assert not hidden(text)
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
@@ -546,8 +634,9 @@ def test_the_page_runs_and_loads_nothing_else(tmp_path):
     for kind, pattern in (("script", r"<script>(.*?)</script>"), ("style", r"<style>(.*?)</style>")):
         digest = hashlib.sha256(re.search(pattern, text, re.S)[1].encode()).digest()
         assert f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
-    assert set(re.findall(r"https?://[^\"'\s]*", text)) == {"http://www.w3.org/2000/svg"}  # not fetched
-    script = (ROOT / "report" / "page.js").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"'\s]*", text)) == {"https://github.com/leeoniya/uPlot"}  # not fetched
+    script = re.search(r"<script>(.*?)</script>", text, re.S)[1]  # uPlot's with ours
+    assert "Copyright (c) 2022 Leon Sorokin" in script and "THE SOFTWARE IS PROVIDED" in script
     ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|fetch\(|XMLHttp"
     assert not re.search(ways, script)
 
@@ -607,12 +696,12 @@ def big_page(tmp_path_factory):
                     "tokens": [f" word{i}" for i in rng.integers(0, 8000, 400)],
                     **dict(zip(("ref", "guide", "policy"), logps)),
                 }
-            file.write(json.dumps(row | {"prompt": "What? " * 300}) + "\n")
+            file.write(json.dumps(with_results(row) | {"prompt": "What? " * 300}) + "\n")
     return report.write(run)
 
 
 def test_a_big_page_stays_small(big_page):
-    assert 2e6 < big_page.stat().st_size < 6e6
+    assert 4e6 < big_page.stat().st_size < 8e6
 
 
 def test_more_tokens_than_the_page_carries(tmp_path, monkeypatch):
@@ -622,7 +711,7 @@ def test_more_tokens_than_the_page_carries(tmp_path, monkeypatch):
     part = report.gather(run)
     assert 10 < len(part["pairs"]) < 30 and part["moved"] == everything["moved"]
     listed = {number for each in part["classes"][:2] for number in each["pairs"]}
-    assert listed <= {pair["n"] for pair in part["pairs"]}
+    assert listed <= {pair["number"] for pair in part["pairs"]}
     assert f"Token by token the page holds {len(part['pairs'])} of the 30 pairs" in part["notes"][-1]
 
 
@@ -733,9 +822,17 @@ def browser(tmp_path_factory):
     browser.close()
 
 
+def wait_for(condition):
+    """Waits up to five seconds until the browser has drawn what is asked for."""
+    limit = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
 RIGHT, UP, END = "\ue014", "\ue013", "\ue010"
-TIP = """return [...document.querySelectorAll('#tip tr')].map(
-             row => [...row.children].map(cell => cell.textContent))"""
+READ = """return [...document.querySelector('.read').querySelectorAll('div')].map(
+              row => [...row.children].map(cell => cell.textContent))"""
 NUMBERS = """return [...document.querySelectorAll('.list [role=option]')].map(
                  option => Number(option.dataset.pair))"""
 COUNT = "return document.querySelectorAll(arguments[0]).length"
@@ -744,7 +841,7 @@ COUNT = "return document.querySelectorAll(arguments[0]).length"
 def test_in_a_browser(browser, tmp_path):
     run = make_run(tmp_path / "run")
     page = report.write(run)
-    pairs = scored(run)
+    pairs = pairs_of(run)
     data = report.gather(run)
     browser.open(page)
     assert browser.run("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == [
@@ -755,8 +852,8 @@ def test_in_a_browser(browser, tmp_path):
         "Samples",
         "The run",
     ]
-    charts = sum(len(stage["charts"]) for stage in data["stages"]) + len(data["moved"]["charts"])
-    assert browser.run(COUNT, "figure .plot svg") == charts
+    charts = len(data["curves"]) + len(data["moved"]["charts"])
+    wait_for(lambda: browser.run(COUNT, "figure .uplot canvas") == charts)
 
     # filters: by class, by text, by number
     assert browser.run(NUMBERS) == list(range(1, 25))
@@ -775,44 +872,54 @@ def test_in_a_browser(browser, tmp_path):
 
     # token by token, by keyboard
     pair = pairs[1]
-    assert browser.run(COUNT, ".tok") == sum(len(response.tokens) for response in pair.responses)
+    assert browser.run(COUNT, ".tok") == len(pair.chosen["tokens"]) + len(pair.rejected["tokens"])
     browser.run("document.querySelector('.tok').focus()")
     browser.press(RIGHT, RIGHT)
-    tip = {row[0]: row[1] for row in browser.run(TIP)}
+    tip = {row[0]: row[1] for row in browser.run(READ)}
     number = lambda text: float(text.replace("−", "-").rstrip("%").split(" (")[0])
-    response, reward, weight = pair.responses[0], pair.reward[0], pair.weight[0]
-    assert tip["token"] == f"3 of {len(response.tokens)}"
+    response, tokens = pair.chosen, pair.chosen["tokens"]
+    assert tip["token"] == f"3 of {len(tokens)}"
     for name, value in (
-        ("r̂", reward[2]),
-        ("weight f", weight[2]),
-        ("log π_ref", response.ref[2]),
-        ("log π_guide", response.guide[2]),
-        ("log π (policy)", response.policy[2]),
-        ("log π/π_ref", pair.moved[0][2]),
+        ("r̂", response["reward"]),
+        ("weight f", response["f"]),
+        ("log π_ref", response["ref"]),
+        ("log π_guide", response["guide"]),
+        ("log π (policy)", response["policy"]),
+        ("log π/π_ref", response["moved"]),
     ):
-        assert number(tip[name]) == pytest.approx(value, rel=2e-3), name
-    assert number(tip["share of Σ|f|"]) == pytest.approx(100 * abs(weight[2]) / abs(weight).sum(), abs=0.006)
+        assert number(tip[name]) == pytest.approx(value[2], rel=2e-3), name
+    share = 100 * abs(response["f"][2]) / abs(response["f"]).sum()
+    assert number(tip["share of Σ|f|"]) == pytest.approx(share, abs=0.006)
     browser.press(END, UP)
-    assert browser.run("return document.activeElement.textContent") in response.tokens
+    assert browser.run("return document.activeElement.textContent") in tokens
     browser.press(END)
     assert browser.run("return document.activeElement.textContent") == "<|end|>"
-    assert browser.run(TIP)[0] == ["token", f"{len(response.tokens)} of {len(response.tokens)}"]
+    assert browser.run(READ)[0] == ["token", f"{len(tokens)} of {len(tokens)}"]
 
     # colours: the switch changes them, and a rejected token's weight has the sign opposite to its reward
     painted = """return [...document.querySelectorAll('.tokens')].map(
                      box => [...box.querySelectorAll('.tok')].map(token => token.classList[1]))"""
     by_reward = browser.run(painted)
-    browser.click("button[data-key='weight']")
+    browser.click("button[data-key='f']")
     by_weight = browser.run(painted)
-    assert by_weight[0] == by_reward[0] == ["more" if r > 0 else "less" for r in reward]
+    assert by_weight[0] == by_reward[0] == ["more" if r > 0 else "less" for r in response["reward"]]
     assert by_weight[1] == ["less" if name == "more" else "more" for name in by_reward[1]]
-    assert browser.run(COUNT, ".tok.flip") == sum((part <= 0).sum() for part in pair.weight)
+    assert browser.run(COUNT, ".tok.flip") == (pair.chosen["f"] <= 0).sum() + (pair.rejected["f"] <= 0).sum()
 
     # a curve, by keyboard
-    browser.run("document.querySelector('figure svg[tabindex]').focus()")
+    browser.run("document.querySelector('.uplot[tabindex]').focus()")
     browser.press(RIGHT, RIGHT)
-    assert browser.run("return document.querySelector('#tip .title').textContent") == "step 2"
-    assert browser.run(TIP)[0][0] == "training"
+    wait_for(lambda: browser.run("return document.querySelector('.u-legend .u-value').textContent") == "2")
+    legend = {
+        name: value
+        for name, value in browser.run("""
+            const rows = document.querySelector('.u-legend').querySelectorAll('tr:not(.silent)');
+            return [...rows].map(row => [...row.children].map(cell => cell.textContent))""")
+    }
+    series = data["curves"][0]["series"]
+    for each in series:
+        if each["style"] == "line":
+            assert number(legend[each["name"]]) == pytest.approx(each["y"][1], rel=2e-3)
 
     for mode in ("light", "dark"):
         browser.open(page, width=360, height=720, mode=mode)
@@ -833,7 +940,7 @@ def test_awkward_tokens_in_a_browser(browser, tmp_path):
                 document.body.innerText, document.documentElement.scrollWidth]""")
     assert count > 10 and width == 360
     ours = """html head meta title style body header nav main div p a b h1 h2 h3 h4 section span wbr button
-              input dl dt dd figure figcaption svg path line rect circle g text table thead tbody tr th td
+              input dl dt dd figure figcaption canvas table thead tbody tr th td
               details summary pre code script footer noscript"""
     assert set(names) <= set(ours.split())
     assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcdoc", "action")]
@@ -855,7 +962,7 @@ def test_a_run_that_has_just_begun_in_a_browser(browser, tmp_path):
     rows, _ = report.read_rows(run / "tokens.jsonl")
     for row in rows:
         for side in figures.SIDES:
-            del row[side]["guide"], row[side]["policy"]
+            row[side] = {"tokens": row[side]["tokens"], "ref": row[side]["ref"]}
     (run / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().split("\n")[0])
     browser.open(report.write(run))

@@ -5,12 +5,12 @@ import random
 from pathlib import Path
 
 import pytest
+import rerun
 import torch
 
 import data
 import model
 from examples.tiny import language, make
-from examples.tiny.sample import sample
 from files.tokenizer import load_tokenizer
 from runtime import options
 
@@ -129,7 +129,7 @@ def test_labels_follow_the_gold_reward_with_noise():
 
 def test_samples_of_the_committed_model_are_of_the_language(network, speaker):
     asked = random.Random(2).sample(sorted(speaker.prompts), 64)
-    drawn = sample(
+    drawn = model.generate(
         network,
         [speaker.prompts[question] for question in asked],
         make.LONGEST_REPLY,
@@ -144,12 +144,12 @@ def test_samples_of_the_committed_model_are_of_the_language(network, speaker):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_sample_equals_generate(network, speaker, temperature):
+def test_sampling_with_a_cache_equals_plain_reruns(network, speaker, temperature):
     prompts = [speaker.prompts[question] for question in random.Random(4).sample(sorted(speaker.prompts), 12)]
     prompts += [[5, 6, 7], [0]]  # of very different lengths
     drawn = [
         draw(network, prompts, 40, {make.END}, temperature, torch.Generator().manual_seed(7))
-        for draw in (sample, model.generate)
+        for draw in (rerun.generate, model.generate)
     ]
     assert drawn[0] == drawn[1]
     assert len({len(ids) for ids in drawn[0]}) > 1 and any(ids[-1] == make.END for ids in drawn[0])

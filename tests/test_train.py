@@ -7,12 +7,13 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-import transformers
 from tiny_world import KINDS, make_checkpoint, make_pairs
 
 import data
 import train
 from files.tokenizer import load_tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 SETTINGS = {
     "beta": 0.3,

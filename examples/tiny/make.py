@@ -21,8 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 from examples.tiny import language
-from examples.tiny.sample import sample
-from files import weights
+from files.export import save_model
 from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer
 
@@ -157,7 +156,7 @@ def preference_pairs(network, speaker, questions, rng, batch=256):
     for start in range(0, len(questions), batch):
         asked = questions[start : start + batch]
         twice = [speaker.prompts[question] for question in asked for _ in range(2)]
-        texts = speaker.texts(sample(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
+        texts = speaker.texts(model.generate(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
         for question, first, second in zip(asked, texts[::2], texts[1::2]):
             if first is None or second is None or first == second:
                 continue
@@ -177,7 +176,7 @@ def make(out, seed=0, steps=2500, pairs=3072, held_out=256):
         network = pretrain(speaker, rng, steps)
         shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
         files = [(str(Path(scratch) / name), name) for name in ("tokenizer.json", "tokenizer_config.json")]
-        weights.save_model(str(out / "model"), CONFIG, shapes, network.named_parameters(), torch.float32, files)
+        save_model(str(out / "model"), CONFIG, shapes, network.named_parameters(), torch.float32, files)
     questions = [question for question, _ in language.questions()]
     rng.shuffle(questions)
     made = itertools.islice(preference_pairs(network, speaker, questions, rng), pairs + held_out)

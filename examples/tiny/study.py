@@ -30,7 +30,6 @@ import data
 import model
 import train
 from examples.tiny import language
-from examples.tiny.sample import sample
 from files.tokenizer import load_tokenizer
 from runtime import options as option_table
 from runtime import process_group
@@ -95,7 +94,7 @@ class Lab:
     def samples(self, net):
         """Two replies to each prompt, the same random numbers for every model."""
         generator = torch.Generator().manual_seed(0)
-        return sample(
+        return model.generate(
             net, [p for p in self.prompts for _ in range(2)], LONGEST, set(self.tokenizer.end_ids), 1.0, generator
         )
 
@@ -133,7 +132,7 @@ def logps(net, pairs):
 
 
 def fit(lab, loss, pairs, ref, guide, seed, points, **changes):
-    """Train from the reference to the last of the steps `points`. Yields (step, mean loss of an epoch, model) at each."""
+    """Train from the reference to the last of the steps `points`. Yields (step, epoch's mean loss, model) at each."""
     options = option_table.resolve(
         [
             "--loss",

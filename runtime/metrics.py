@@ -1,0 +1,58 @@
+"""metrics.jsonl: one JSON object a line, written by rank 0 alone."""
+
+import json
+import math
+import os
+
+from runtime.disk import whole
+from runtime.progress import say
+
+
+class Metrics:
+    """The file at `path`."""
+
+    def __init__(self, path, rank=0):
+        self.path, self.rank = path, rank
+
+    def write(self, row):
+        """Appends {name: value}. A figure that is not finite becomes null: NaN and Infinity are no JSON."""
+        if self.rank:
+            return
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+        for name, value in plain.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                plain[name] = None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
+
+    def keep_until(self, stage, step):
+        """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file
+        ends up as if the run had never stopped. The evaluation of `step` itself goes too, since it follows
+        the checkpoint and is done again."""
+        if self.rank or not os.path.exists(self.path):
+            return
+        kept, damaged = [], 0
+        with open(self.path, "rb") as file:
+            lines = file.readlines()
+        for line in lines:
+            row = _row(line)
+            if row is None:
+                damaged += line.endswith(b"\n")  # else a kill cut it short, as happens
+            elif row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
+                break
+            else:
+                kept.append(line)
+        if damaged:
+            say(f"{self.path}: {damaged} damaged lines are left out")
+        if kept != lines:
+            with whole(self.path) as unfinished, open(unfinished, "wb") as file:
+                file.writelines(kept)
+
+
+def _row(line):
+    """The row of a line; None where a kill or a full disk cut it short."""
+    try:
+        row = json.loads(line)
+        return row if line.endswith(b"\n") and isinstance(row["stage"], str) and isinstance(row["step"], int) else None
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,121 @@
+"""A stage on its way: how far it is, its checkpoints, and the signals it follows between two steps.
+
+`run` is train.py's: options, out, rank, world, signals, metrics and identity are read of it.
+"""
+
+import dataclasses
+import os
+
+import torch
+
+from runtime import checkpoint, shards
+from runtime.failures import RunFailed
+from runtime.process_group import on_all_ranks, on_rank_0
+from runtime.progress import say
+
+
+@dataclasses.dataclass
+class Training:
+    """A stage on its way: what a checkpoint holds, and how far it is."""
+
+    loss: str  # of the stage: tgdpo, dpo or simpo
+    net: torch.nn.Module
+    optimiser: torch.optim.Optimizer
+    per_epoch: int  # optimiser steps
+    total: int  # of all epochs
+    step: int = 0  # those done
+    saved: int = 0  # the step that the newest checkpoint holds
+
+    def __str__(self):
+        return f"{self.loss} step {self.step} of {self.total}"
+
+
+def due(training, every):
+    """Whether something is done at this step that is done every so many steps (0: never) and at the end."""
+    return training.step == training.total or bool(training.step and every and training.step % every == 0)
+
+
+def resume(run, training):
+    """Fill model and optimiser from the newest checkpoint, where --resume asks for it and one stands."""
+    options, loss = run.options, training.loss
+    newest = on_rank_0(lambda: checkpoint.newest(checkpoints_of(run), say)) if options.resume else None
+    tensors = training_state(training.net, training.optimiser)
+    if newest:
+        state = checkpoint.load(newest, tensors, run.identity | {"stage": loss})
+        training.step = training.saved = state["step"]
+        for moments in training.optimiser.state.values():
+            moments["step"].fill_(training.step)  # AdamW's own count, for the bias correction
+        if state["world_size"] == run.world:
+            checkpoint.set_random_state(state["random"][run.rank])
+        say(f"{loss}: resumed from {newest}: step {training.step} of {training.total}", run.rank)
+        if training.step == training.total:
+            checkpoint.tidy(newest, options.keep)  # else the next save does it
+    elif options.resume:
+        say(f"{loss}: nothing complete to resume from: starting from the beginning", run.rank)
+    run.metrics.keep_until(loss, training.step)
+
+
+def save(run, training):
+    """Write a checkpoint, unless the newest is of this step. Raises RunFailed where weights are no longer finite."""
+    if training.step == training.saved:
+        return
+    training.net.reshard()  # in an evaluation the root is gathered, and its parameters are not the optimiser's
+    finite = on_all_ranks(
+        lambda: all(bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters())
+    )
+    if not all(finite):
+        raise RunFailed(
+            f"{training.loss} step {training.step}: the weights are no longer finite; "
+            f"the last checkpoint is {last_checkpoint(run)}; try a lower --lr"
+        )
+    epoch, position = divmod(training.step, training.per_epoch)
+    state = {
+        "identity": run.identity | {"stage": training.loss},
+        "steps": training.total,
+        "epoch": epoch,
+        "position": position * run.options.batch_size,
+    }
+    tensors = training_state(training.net, training.optimiser)
+    checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
+    training.saved = training.step
+
+
+def heed(run, training):
+    """Follow a signal, with the step just done saved first."""
+    stop_if_told(run, lambda: save(run, training), f"{training} is saved")
+
+
+def stop_if_told(run, save=lambda: None, state="what was saved before stands"):
+    """Follow a signal, where one came: save() saves what there is, then `state` says so. SIGUSR1 lets the run go on."""
+    if signal := run.signals.agreed():
+        save()
+        run.signals.obey(signal, state)
+
+
+def checkpoints_of(run):
+    """The directory of a run's checkpoints."""
+    return os.path.join(run.out, "checkpoints")
+
+
+def last_checkpoint(run):
+    """Its path, or "none". Collective."""
+    return on_rank_0(lambda: checkpoint.newest(checkpoints_of(run))) or "none"
+
+
+def training_state(net, optimiser):
+    """Name -> tensor of all that a checkpoint holds: parameters and AdamW's two moments, made where missing."""
+    tensors = {}
+    for name, parameter in net.named_parameters():
+        state = optimiser.state[parameter]
+        if not state:
+            state |= {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        tensors |= {
+            f"model.{name}": parameter.detach(),
+            f"exp_avg.{name}": state["exp_avg"],
+            f"exp_avg_sq.{name}": state["exp_avg_sq"],
+        }
+    return tensors
