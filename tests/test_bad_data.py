@@ -1,5 +1,6 @@
 """Bad files, rows, tokenizers and templates: one clear line each; nothing hangs or grows without bound."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -341,7 +342,9 @@ def test_a_doubling_template_without_limits_takes_neither_long_nor_gigabytes(tmp
     with template.ChatTemplate(doubling) as process:
         with pytest.raises(BadInput, match=f"cannot be used: ({TOO_MUCH}|takes too long)"):
             process.render([message()])
-        status = Path(f"/proc/{process.process.pid}/status").read_text()  # the process waits, or is gone
+        status = ""  # the process waits, or is gone
+        with contextlib.suppress(FileNotFoundError):
+            status = Path(f"/proc/{process.process.pid}/status").read_text()
         peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) if "VmHWM" in status else 0
     assert time.monotonic() - began < 30 and peak < 2.5 * 2**20  # KiB
 
