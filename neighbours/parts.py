@@ -9,7 +9,8 @@ x = log pi_guide/pi_ref, of the same shape. Each function's last argument is the
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
