@@ -624,7 +624,9 @@ def answer(run, net, inputs):
     widest = max(map(len, prompts), default=0) + run.options.sample_tokens
     several, answers = max(1, run.plan.micro_tokens_forward // widest), []  # prompts at a time
     for asked in (prompts[k : k + several] for k in range(0, len(prompts), several)):
-        new = model.generate(net, asked, run.options.sample_tokens, set(tokenizer.end_ids))
+        new = model.generate(
+            net, asked, run.options.sample_tokens, set(tokenizer.end_ids), stop_early=run.world == 1
+        )  # ranks that round otherwise would not all stop
         answers += [
             (tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
             for prompt, ids in zip(asked, new)

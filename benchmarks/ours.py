@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
 import train as trainer
 from runtime import options as option_table
 from runtime import process_group
@@ -51,10 +52,10 @@ def a_run(directory, pairs, device="cpu", **options):
     try:
         dtype = torch.bfloat16 if device == "cuda" and options.dtype != "float32" else torch.float32
         longest = max(trainer.size(pair) for pair in pairs)
-        plan, mesh = trainer.lay_out(options, ranks, directory, dtype, longest)
+        plan, mesh = trainer.lay_out(options, ranks, model.read_config(directory), dtype, longest)
         with tempfile.TemporaryDirectory() as out:
             yield trainer.Run(
-                options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals, None, {}
+                options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals, None, {}, ()
             )
     finally:
         process_group.stop()

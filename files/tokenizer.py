@@ -119,11 +119,13 @@ class ChatTokenizer:
         Prompt and reply are encoded as one text. Where a token then reaches across the boundary, the prompt keeps
         the ids that inference feeds, and the reply is encoded as if it followed other text.
         """
-        ids, *joint = self.encode([prompt, *(prompt + reply for reply in replies)])
+        controls = [found.start() for found in self.control.finditer(prompt)]
+        tail = prompt[controls[-1] :] if controls else prompt  # what stands before a control token changes no id behind
+        ids, before, *joint = self.encode([prompt, tail, *(tail + reply for reply in replies)])
         responses, apart = [], 0
         for both, reply in zip(joint, replies):
-            if both[: len(ids)] == ids:
-                responses.append(both[len(ids) :])
+            if both[: len(before)] == before:
+                responses.append(both[len(before) :])
             else:
                 responses.append(self.continuation(reply))
                 apart += 1

@@ -154,6 +154,27 @@ def test_files_that_are_no_safetensors(good, content, words):
     refused(good, f"{WEIGHTS}: .*{words}")
 
 
+def padded(good, length):
+    """One tensor in a file of its own, whose header is filled up to `length` bytes: its first bytes, the length, are
+    those that a pickle, a page of HTML or a zip begins with."""
+    shard(good, {Q: "b.safetensors"})
+    values = load_file(good / "a.safetensors")[Q].numpy().tobytes()
+    header = json.dumps({Q: {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, len(values)]}}, separators=(",", ":"))
+    (good / "b.safetensors").write_bytes(struct.pack("<Q", length) + header.encode().ljust(length) + values)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 15392, 19280])
+def test_a_header_whose_length_looks_like_another_files_first_bytes(good, length):
+    padded(good, length)
+    model.check(good)
+    assert torch.equal(model.load_model(good).get_parameter(Q), load_file(good / "a.safetensors")[Q])
+    whole = (good / "b.safetensors").read_bytes()
+    (good / "b.safetensors").write_bytes(whole[:-100])
+    refused(good, "b.safetensors: no safetensors file, or a truncated one")
+    (good / "b.safetensors").write_bytes(whole[:300])
+    refused(good, "b.safetensors: truncated in its header")
+
+
 def test_a_truncated_file(good):
     whole = (good / WEIGHTS).read_bytes()
     (good / WEIGHTS).write_bytes(whole[:-100])

@@ -6,14 +6,15 @@ import os
 import random
 import re
 import time
+from pathlib import Path
 
 import pytest
 from fuzz_rows import mutated_rows, mutated_templates, mutated_tokenizers
 from tiny_tokenizers import LLAMA3, PLAIN, llama3, row, write_rows
 
 import data
+from files import template
 from files.errors import BadInput
-from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer
 
 
@@ -314,6 +315,56 @@ def test_templates_that_must_not_run(why, tmp_path):
     assert said.endswith("; --chat-template gives another") and "\n" not in said
 
 
+def disturbed(monkeypatch, tmp_path, lines):
+    """Has the templates' process run these lines of Python before its own, `source`."""
+    script = tmp_path / "disturbed.py"
+    source = template.SANDBOX.read_text()
+    script.write_text(f"source = {source!r}\n{lines}\nexec(compile(source, 'sandbox.py', 'exec'))\n")
+    monkeypatch.setattr(template, "SANDBOX", script)
+
+
+NO_LIMITS = """import resource
+def refuse(limit, value): raise ValueError("current limit exceeds maximum limit")
+resource.setrlimit = refuse"""
+
+
+def test_limits_that_the_system_refuses_are_done_without(tmp_path, monkeypatch, tokenizer):
+    """macOS refuses those on memory."""
+    disturbed(monkeypatch, tmp_path, NO_LIMITS)
+    assert len(data.load_pairs([write_rows(tmp_path / "a.jsonl", row())], tokenizer, 1000, 900)[0]) == 1
+
+
+@pytest.mark.linux("a process's peak memory is read from /proc")
+def test_a_doubling_template_without_limits_does_not_eat_the_memory(tmp_path, monkeypatch):
+    disturbed(monkeypatch, tmp_path, NO_LIMITS + "\nsource = source.replace('MEMORY = 1 << 30', 'MEMORY = 1 << 28')")
+    doubling = load_tokenizer(llama3(tmp_path / "model", TEMPLATES["doubling"][0]))
+    with template.ChatTemplate(doubling) as process:
+        with pytest.raises(BadInput, match=f"the chat template cannot be used: {TOO_MUCH}"):
+            process.render([message()])
+        status = Path(f"/proc/{process.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("import json\njson.dumps = None", "status 1: TypeError: 'NoneType' object is not callable"),
+        ("import sys\nsys.modules['jinja2'] = None", "status 1: ModuleNotFoundError: No module named"),
+        ("import os\nos.abort()", "status -6: memory may be short"),
+        (
+            "import importlib.metadata\nimportlib.metadata.version = lambda name: '3.1.5'",
+            "status 1: jinja2 3.1.5 has a leaky sandbox; pip install -U 'jinja2>=3.1.6'",
+        ),
+    ],
+)
+def test_a_process_that_ends_is_quoted(tmp_path, monkeypatch, tokenizer, lines, said):
+    disturbed(monkeypatch, tmp_path, lines)
+    message = refusal(write_rows(tmp_path / "a.jsonl", row()), tokenizer)
+    name = tokenizer.template_name
+    assert message.startswith(f"{name}: the process that renders the chat template ended with {said}")
+    assert "\n" not in message and "--chat-template" not in message
+
+
 REFUSALS = {  # why: (template, the bad row's message)
     "raises": ("{{ raise_exception('Only one\n turn') }}", "refused by the chat template: Only one turn"),
     "undefined": (
@@ -370,10 +421,10 @@ def test_a_template_without_end_token_needs_eos(tmp_path):
 
 
 def test_no_template_outlives_its_work(tmp_path, tokenizer):
-    with ChatTemplate(tokenizer) as template:
-        assert template.render([message()])
-    assert template.process.returncode is not None
-    refused = ChatTemplate(load_tokenizer(llama3(tmp_path, "{% for %}")))
+    with template.ChatTemplate(tokenizer) as process:
+        assert process.render([message()])
+    assert process.process.returncode is not None
+    refused = template.ChatTemplate(load_tokenizer(llama3(tmp_path, "{% for %}")))
     with pytest.raises(BadInput):
         refused.__enter__()
     assert refused.process.returncode is not None

@@ -396,9 +396,9 @@ def test_samples_are_answered_within_the_memory_plan(world, tmp_path, monkeypatc
     monkeypatch.setattr(
         model,
         "generate",
-        lambda net, prompts, new, *rest: (
+        lambda net, prompts, new, *rest, **more: (
             calls.append((len(prompts), max(map(len, prompts)) + new)),
-            plain(net, prompts, new, *rest),
+            plain(net, prompts, new, *rest, **more),
         )[1],
     )
     given = ["--samples", 1000, "--sample-tokens", 4, "--micro-tokens", 200]

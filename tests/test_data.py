@@ -26,7 +26,7 @@ def test_pack_lets_each_token_see_its_own_branch_only(count, share_prompt):
     pairs = make_pairs(count)
     pack = data.collate(pairs, share_prompt)
     cu_q, cu_k = pack.cu_q.tolist(), pack.cu_k.tolist()
-    seen = {}  # row -> [(token, position)] of all keys that the causal mask, bottom right, leaves it
+    seen = {}  # place -> [(token, position)] of all keys that the causal mask, bottom right, leaves it
     for s in range(2 * count):
         pair = pairs[s // 2]
         response = pair.rejected if s % 2 else pair.chosen

@@ -7,7 +7,6 @@ import shlex
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from tiny_world import CONTROL, LLAMA3, TEMPLATE, make_checkpoint, make_pairs
 
@@ -16,6 +15,8 @@ import train
 from files.card import add_figures, licence, model_card
 from files.export import as_used, save_model
 from files.tokenizer import load_tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 BASE_EOS, END = 256, 259
 OTHER = TEMPLATE.replace("<|head|>", "<|begin|>")

@@ -233,21 +233,67 @@ def test_dataset_split_by_readme(server):
 def test_which_files_are_a_split(files, split, expected):
     if isinstance(expected, str):
         with pytest.raises(BadInput, match=expected):
-            hub._split_files("org/pairs", files, "", split)
+            hub.split_files("org/pairs", files, {}, split)
     else:
-        assert hub._split_files("org/pairs", files, "", split) == expected
+        assert hub.split_files("org/pairs", files, {}, split) == expected
 
 
-def test_readme_with_several_configurations_is_refused():
+def test_names_of_strangers_stay_on_one_line():
+    for files, configs in (
+        (["a\nb.jsonl", "c.jsonl"], {}),
+        ([], {"a\nb": {"train": []}, "c": {"train": []}}),
+        ([], {"default": {"a\nb": []}}),
+        (["a\nb.csv"], {"default": {"train": ["*"]}}),
+    ):
+        with pytest.raises(BadInput, match="a b") as caught:
+            hub.split_files("org/pairs", files, configs, "train")
+        assert "\n" not in str(caught.value)
+
+
+def configs_of(folder, readme):
+    (folder / "README.md").write_text(readme)
+    return hub.card_configs("org/pairs", folder / "README.md")
+
+
+def test_readme_with_several_configurations_is_refused(tmp_path):
     readme = (
         "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n- config_name: fr\n  data_files: fr.jsonl\n---\n"
     )
+    files = ["en/a.jsonl", "fr.jsonl"]
     with pytest.raises(BadInput, match="several configurations .en, fr."):
-        hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], readme, "train")
+        hub.split_files("org/pairs", files, configs_of(tmp_path, readme), "train")
     only = readme.split("- config_name: fr")[0] + "---\n"
-    assert hub._split_files("org/pairs", ["en/a.jsonl", "fr.jsonl"], only, "train") == ["en/a.jsonl"]
+    assert hub.split_files("org/pairs", files, configs_of(tmp_path, only), "train") == ["en/a.jsonl"]
+    other = configs_of(tmp_path, only.replace("*.jsonl", "**/*.csv"))
     with pytest.raises(BadInput, match="en/a.csv is of a kind that is not read"):
-        hub._split_files("org/pairs", ["en/a.csv"], only.replace("*.jsonl", "**/*.csv"), "train")
+        hub.split_files("org/pairs", ["en/a.csv"], other, "train")
+
+
+@pytest.mark.parametrize(
+    "head, expected",
+    [
+        ("configs: [{config_name: a, data_files: [x.json, 'y-*.json']}]", {"a": {"train": ["x.json", "y-*.json"]}}),
+        (
+            "configs:\n  # two\n  - data_files:\n    - {path: [a.json], split: dev}\n    config_name: 2",
+            {"2": {"dev": ["a.json"]}},
+        ),
+        ("configs:\n- config_name: a\n  data_dir: a", {}),
+        ("configs: a", {}),
+        ("license: mit", {}),
+        ("- a", {}),
+        ("a: [", {}),
+        ("[" * 3000, {}),
+        ("a: !!python/object/apply:os.abort []", {}),
+    ],
+)
+def test_readme_is_read_as_yaml(head, expected, tmp_path):
+    assert configs_of(tmp_path, f"---\n{head}\n---\n# pairs\n") == expected
+
+
+def test_readme_without_metadata_or_too_large(tmp_path):
+    assert configs_of(tmp_path, "# pairs\n") == {}
+    with pytest.raises(BadInput, match="org/pairs: its README.md has more than 1 MiB; download"):
+        configs_of(tmp_path, "---\na: 1\n---\n" + "x" * 2**20)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import rerun
 import torch
 
 import data
@@ -139,7 +140,7 @@ def test_a_pack_equals_whole_sequences(kind, lengths, share_prompt, tmp_path):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_packed_attention_equals_one_dense_mask(window):
-    """Oracle: every row against every row under one mask that says who sees whom."""
+    """Oracle: every token against every token under one mask that says who sees whom."""
     pairs = random_pairs([(4, 6, 3), (1, 2, 9), (7, 1, 1)])
     pack = data.collate(pairs)
     N, generator = len(pack.tokens), torch.Generator().manual_seed(0)
@@ -181,13 +182,13 @@ def test_recomputing_changes_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 100])
-def test_token_log_probs_gradcheck(rows):
+@pytest.mark.parametrize("most", [1, 4, 5, 100])
+def test_token_log_probs_gradcheck(most):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(13, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(0, 13, (10,), generator=generator)
-    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, rows)
+    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, most)
     assert torch.autograd.gradcheck(apply, (hidden, weight))
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(10), targets]
     torch.testing.assert_close(apply(hidden, weight), expected)
@@ -211,7 +212,7 @@ def test_token_log_probs_in_bfloat16_keep_float32_from_the_logits_on():
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
-def test_chunks_are_near_equal_and_cover_all_rows():
+def test_chunks_are_near_equal_and_cover_all_tokens():
     for count in (0, 1, 7, 100, 1025):
         slices = model._equal_slices(count, 64)
         assert [i for s in slices for i in range(s.start, s.stop)] == list(range(count))
@@ -239,6 +240,38 @@ def test_generate_takes_the_likeliest_token_and_stops(tmp_path):
     assert model.generate(ours, prompts, 8, stop=set()) == expected
     stop = expected[0][2]
     assert model.generate(ours, prompts[:1], 8, stop={stop}) == [expected[0][: expected[0].index(stop) + 1]]
+
+
+RAGGED = [[1, 5, 9, 4, 8, 3, 2, 7, 6, 9, 9], [1, 7], [4], [3, 3, 3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("prompts", [RAGGED, [[4], [1], [7]]], ids=["ragged", "of one token"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("kind", ["llama", "window", "tied"])
+def test_sampling_equals_running_all_again_each_step(kind, temperature, prompts, tmp_path):
+    """With sequences longer than the window of 7, and stop tokens that end them at different steps."""
+    oracle(kind, tmp_path)
+    net = model.load_model(tmp_path)
+    draw = lambda sampler, stop, **more: sampler(
+        net, prompts, 12, stop, temperature, torch.Generator().manual_seed(5), **more
+    )
+    whole = draw(rerun.generate, set())
+    assert draw(model.generate, set()) == whole and all(len(reply) == 12 for reply in whole)
+    stop = {whole[0][4], whole[1][1]}
+    expected = draw(rerun.generate, stop)
+    assert len({len(reply) for reply in expected}) > 1
+    assert draw(model.generate, stop) == draw(model.generate, stop, stop_early=False) == expected
+
+
+def test_sampling_stops_when_all_have_ended_and_only_there(tmp_path):
+    """Several processes that share a model's collectives ask for max_new steps, whatever they draw."""
+    oracle("llama", tmp_path)
+    net, steps = model.load_model(tmp_path), []
+    net.register_forward_hook(lambda *_: steps.append(1))
+    everything = set(range(101))
+    assert [len(reply) for reply in model.generate(net, RAGGED, 5, everything)] == [1] * 4 and len(steps) == 1
+    assert [len(reply) for reply in model.generate(net, RAGGED, 5, everything, stop_early=False)] == [1] * 4
+    assert len(steps) == 6
 
 
 @pytest.mark.parametrize("kind", ["tied", "llama3 rope"])
