@@ -118,7 +118,7 @@ def selected(x: Sides, tokens: Sides, s: float) -> Sides:
     """
     kept = []
     for score, real, length in zip((x[0], -x[1]), tokens, lengths_of(tokens)):
-        n = (s * length.double()).round(decimals=6).floor().clamp(min=1)  # [B, 1]
+        n = (s * length.double()).mul(1e6).round().div(1e6).floor().clamp(min=1)  # [B, 1]
         order = score.masked_fill(~real, -math.inf).argsort(-1, descending=True, stable=True)  # [B, T]
         best = torch.arange(real.shape[-1], device=real.device) < n  # [B, T], by rank
         kept.append(torch.zeros_like(score).scatter(-1, order, best.to(score.dtype)))
@@ -131,7 +131,7 @@ def selected(x: Sides, tokens: Sides, s: float) -> Sides:
 def length_offset(tokens: Sides, a: float) -> Tensor:
     """length: + a (T_w - T_l)."""
     length_w, length_l = lengths_of(tokens)
-    return a * (length_w - length_l)[:, 0]
+    return a * (length_w - length_l)[:, 0].double()
 
 
 def positive_offset(logratio: Sides, beta: float, lam: float) -> Tensor:
@@ -224,7 +224,7 @@ def composed(
     phi = beta * (totals[0] - totals[1])  # [B]
     z = phi
     for part in of_kind.get("offset", []):
-        z = z + part.of(known)
+        z = z + torch.as_tensor(part.of(known), device=z.device).to(z.dtype)
     links = of_kind.get("link", [])
     losses = links[0].of(known | {"z": z}) if links else logistic(z)
     for part in of_kind.get("term", []):

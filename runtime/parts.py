@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from files.errors import BadInput
+from runtime.losses import LOSSES
 
 
 class Part(NamedTuple):
@@ -81,5 +82,7 @@ def number_of(word, text, part, where):
 
 def refuse_without_guide(words, loss, where="--with"):
     """Raises BadInput where a loss without a guide is to have a part that needs one."""
-    if loss != "tgdpo" and (needy := [name for name in read(words, where) if PARTS[name].tgdpo_only]):
-        raise BadInput(f"{where}: {' and '.join(needy)}: only --loss tgdpo has the guide that it needs; leave it out")
+    if "guide" not in LOSSES[loss].tensors and (
+        needy := [name for name in read(words, where) if PARTS[name].tgdpo_only]
+    ):
+        raise BadInput(f"{where}: {' and '.join(needy)}: --loss {loss} has no guide for it; leave it out")

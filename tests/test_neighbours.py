@@ -41,7 +41,7 @@ def by_hand(words, policy, ref, guide=None):
         sums, sides = [], []
         for side, sign in ((0, 1), (1, -1)):
             T = LENGTHS[side][i]
-            p, r = ([float(v) for v in m[side][i][:T]] for m in (policy, ref))
+            p, r = (m[side][i, :T].tolist() for m in (policy, ref))
             c, u = [a - b for a, b in zip(p, r)], [1.0] * T
             if guide:
                 x = [float(g) - b for g, b in zip(guide[side][i][:T], r)]
