@@ -119,7 +119,7 @@ def selected(x: Sides, tokens: Sides, s: float) -> Sides:
     kept = []
     for score, real, length in zip((x[0], -x[1]), tokens, lengths_of(tokens)):
         n = (s * length.double()).mul(1e6).round().div(1e6).floor().clamp(min=1)  # [B, 1]
-        order = score.masked_fill(~real, -math.inf).argsort(-1, descending=True, stable=True)  # [B, T]
+        order = score.masked_fill(~real, -math.inf).argsort(dim=-1, descending=True, stable=True)  # [B, T]
         best = torch.arange(real.shape[-1], device=real.device) < n  # [B, T], by rank
         kept.append(torch.zeros_like(score).scatter(-1, order, best.to(score.dtype)))
     return tuple(kept)
@@ -193,7 +193,7 @@ def composed(
     alpha=0.0,
     guide_beta: float | None = None,
 ) -> Composed:
-    """D17: link(beta g(sum u c)_w - beta g(sum u c)_l + offsets) + terms, pair by pair.
+    """link(beta g(sum u c)_w - beta g(sum u c)_l + offsets) + terms, pair by pair.
 
     policy, ref, guide: as in tgdpo.tgdpo_loss; guide None: dpo, f = 1. lengths: (chosen, rejected), B numbers each.
     parts: at most one link and one divergence. Only the policy receives a gradient.
