@@ -131,12 +131,12 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), texts=None,
     for name, text in texts.items():
         with synced(os.path.join(part, name)) as file:
             file.write(text.encode(errors="replace"))
-    sync_directory(part)
+    fsync(part)
     shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(directory):
         os.rename(directory, old)
     os.rename(part, directory)
-    sync_directory(os.path.dirname(os.path.abspath(directory)))
+    fsync(os.path.dirname(os.path.abspath(directory)))
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -149,8 +149,8 @@ def synced(path):
         os.fsync(file.fileno())
 
 
-def sync_directory(path):
-    """Wait until the names in a directory are on the disk."""
+def fsync(path):
+    """Wait until the file or directory at `path` is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
