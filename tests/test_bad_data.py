@@ -336,7 +336,7 @@ def test_limits_that_the_system_refuses_are_done_without(tmp_path, monkeypatch, 
 
 @pytest.mark.linux("a process's peak memory is read from /proc")
 def test_a_doubling_template_without_limits_does_not_eat_the_memory(tmp_path, monkeypatch):
-    disturbed(monkeypatch, tmp_path, NO_LIMITS + "\nsource = source.replace('MEMORY = 1 << 30', 'MEMORY = 1 << 28')")
+    disturbed(monkeypatch, tmp_path, NO_LIMITS + "\nsource = source.replace('MEMORY = 1 << 30', 'MEMORY = 1 << 26')")
     doubling = load_tokenizer(llama3(tmp_path / "model", TEMPLATES["doubling"][0]))
     with template.ChatTemplate(doubling) as process:
         with pytest.raises(BadInput, match=f"the chat template cannot be used: {TOO_MUCH}"):
