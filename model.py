@@ -251,9 +251,10 @@ class CausalLM(nn.Module):
         """The head's weight [V, C]: the embedding itself where the two are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, pack=None, cache: "Cache | None" = None) -> Tensor:
+    def forward(self, tokens: Tensor, pack=None, cache: "Cache | None" = None, states: bool = False) -> Tensor:
         """tokens [B, T] right-padded ids -> logits [B, T, V]. With a pack (data.Pack), tokens is its [N] -> log p [R]
-        of the response tokens, float32. With a Cache, tokens [B, T] are the prompts, and then [B, 1] the next token
+        of the response tokens, float32; with `states` too, what these are made of: hidden [R, C] and the head [V, C].
+        With a Cache, tokens [B, T] are the prompts, and then [B, 1] the next token
         of each -> logits [B, V] after the last token of each."""
         if pack is not None:
             tokens, positions = tokens[None], pack.positions  # [1, N], [N]
@@ -270,6 +271,8 @@ class CausalLM(nn.Module):
         x = self.model.norm(x)
         if pack is not None:
             hidden = x[0].index_select(0, pack.predictors)  # [R, C]
+            if states:
+                return hidden, self.head
             return token_log_probs(hidden, self.head, pack.targets, self.compiled)  # [R]
         if cache is not None:
             last = cache.last.to(x.device).clamp(max=x.shape[1] - 1)  # of the prompts, or the only one
@@ -339,6 +342,23 @@ class _TokenLogProbs(torch.autograd.Function):
                 _add_product(grad_weight, slope.t(), hidden[c])
             del logits, slope  # before the next are made
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+@torch.no_grad()
+def token_divergences(
+    hidden: Tensor, weight: Tensor, other_hidden: Tensor, other_weight: Tensor, compiled: bool = False
+) -> Tensor:
+    """KL(p || q) over the whole vocabulary, p = softmax(hidden · weightᵀ), q = softmax(other_hidden · other_weightᵀ):
+    hidden [R, C], weight [V, C], the other's C may differ -> [R], of the type of token_log_probs. Two logits instead of
+    one are alive for half as many tokens; no gradient."""
+    normaliser, _ = _passes(compiled)
+    kl = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # [R]
+    for c in _equal_slices(len(hidden), max(1, chunk_tokens(weight.shape[0], weight.device.type) // 2)):
+        p, q = _product(hidden[c], weight.t()), _product(other_hidden[c], other_weight.t())  # logits, [r, V]
+        p.sub_(normaliser(p)[:, None])  # log p
+        q.sub_(normaliser(q)[:, None]).neg_().add_(p)  # log p - log q
+        kl[c] = q.mul_(p.exp_()).sum(-1)
+    return kl.clamp_(min=0)  # rounding may leave a little less
 
 
 def _equal_slices(count, most):

@@ -6,6 +6,7 @@ tables of the same shape; child [S, A], int64, is the state that follows, -1 whe
 is the prompt, and a state comes before its children.
 D9-D16, with weighted_margin of D7, are what training calls, except token_gradients, which autograd does. A model
 is a pair (chosen, rejected) of tensors [B, T] of per-token log-probs, 0 where there is no response token.
+D17-D20 say what the guidance adds to DPO; training calls only centred_guide.
 
 Letters: S states, A actions, B pairs, T tokens. Suffix _w chosen, _l rejected. beta > 0, alpha >= 0.
 """
@@ -131,6 +132,9 @@ def tgdpo_loss(
 ) -> Loss:
     """D11: -log sigma(phi), pair by pair; only the policy receives a gradient.
 
+    phi is DPO's margin and a term that does not look at the label (D17). At the start, on pairs drawn from pi_ref,
+    that term is distillation into the guide (D18); it does not end there (D20).
+
     policy, ref, guide: per-token log-probs, 0 where there is no token. guide_beta scales r_hat; None means beta.
     ValueError: shapes that differ, a beta <= 0, alpha < 0.
     """
@@ -203,6 +207,29 @@ def simpo_loss(policy: Sides, lengths: tuple, beta: float, gamma: float) -> Loss
     reward_w, reward_l = (mean_reward(logp, n, beta).sum(-1) for logp, n in zip(policy, lengths))  # [B] each
     phi = reward_w - reward_l  # [B]
     return Loss(-F.logsigmoid(phi - gamma), phi)
+
+
+def guidance_term(
+    logratio_w: Tensor, logratio_l: Tensor, r_hat_w: Tensor, r_hat_l: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """D17: phi of TGDPO less phi of DPO, alpha beta sum_{t in w and l} r_hat log pi/pi_ref: no label in it.
+
+    logratio_w, logratio_l, r_hat_w, r_hat_l: [B, T] each; [B] out.
+    """
+    return alpha * beta * ((r_hat_w * logratio_w).sum(-1) + (r_hat_l * logratio_l).sum(-1))
+
+
+def divergence(logp: Tensor, guide_logp: Tensor) -> Tensor:
+    """D18, D19: KL(pi || pi_guide) at each state, [S]; both are log-probabilities of all tokens, [S, A]."""
+    return (logp.exp() * (logp - guide_logp)).sum(-1)
+
+
+def centred_guide(guide_logp: Tensor, kl: Tensor) -> Tensor:
+    """D19: log pi_guide + KL(pi_ref || pi_guide), the guide of which r_hat has mean 0 under pi_ref at each state.
+
+    kl: of the state in which the token was chosen, 0 where there is no token; the shape of guide_logp.
+    """
+    return guide_logp + kl
 
 
 def _check_shapes(policy: Sides, **frozen: Sides) -> None:

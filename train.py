@@ -210,27 +210,35 @@ def packs_of(run, pairs):
 
 
 @torch.no_grad()
-def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False):
-    """Per-token log-probs of every pair's responses, [C + R] each, on the CPU. The pairs are shared out among the
-    ranks in large packs. No random number is drawn. heed: called with the run after each pack, to follow signals."""
+def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=None):
+    """Per-token log-probs of every pair's responses, [C + R] each, on the CPU; with a guide, KL(net || guide) at each
+    token's state instead. The pairs are shared out among the ranks in large packs. No random number is drawn.
+    heed: called with the run after each pack, to follow signals."""
     mine = {}
     bar = Progress(len(pairs), title, run.rank, side_job=side_job)
     for indices in packs_of(run, pairs):
         pack = to_device(data.collate([pairs[i] for i in indices] or [FILLER]), run.device)
-        logp = net(pack.tokens, pack).cpu()  # [R]
+        if guide is None:
+            logp = net(pack.tokens, pack).cpu()  # [R]
+        else:
+            both = (*net(pack.tokens, pack, states=True), *guide(pack.tokens, pack, states=True))
+            logp = model.token_divergences(*both, net.compiled).cpu()  # [R]
+            del both
         if indices:
             mine |= zip(indices, (part.clone() for part in logp.split([scored(pairs[i]) for i in indices])))
         bar.advance(len(indices) * run.world)
         heed(run)
     bar.close()
-    net.reshard()  # without a backward pass the root would stay gathered
+    for model_read in filter(None, (net, guide)):
+        model_read.reshard()  # without a backward pass the root would stay gathered
     found = {index: logp for share in gathered(run, mine) for index, logp in share.items()}
     return [found[index] for index in range(len(pairs))]
 
 
-def cached_log_probs(run, kind, directory, pairs, digest=None):
+def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
     """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype. digest: of
-    its weights, where it is known."""
+    its weights, where it is known. guide: the directory of the model against which KL is asked for, `kind` "centre";
+    both models are in memory then, in the compute type, which is less than one model in training."""
     key = on_rank_0(
         lambda: cache.key(
             {
@@ -238,16 +246,18 @@ def cached_log_probs(run, kind, directory, pairs, digest=None):
                 "pairs": data.fingerprint(pairs),
                 "dtype": str(run.dtype),
             }
+            | ({"guide": run.identity["guide"]} if guide else {})
         )
     )
+    title = f"log-probs of the {kind}" if guide is None else "divergences of the reference from the guide"
     where, lengths = os.path.join(run.out, "cache"), [len(pair.chosen) + len(pair.rejected) for pair in pairs]
     found = on_rank_0(lambda: cache.read(where, kind, key, sum(lengths), say))
     if found is not None:
-        say(f"log-probs of the {kind} are in the cache: {kind}-{key}", run.rank)
+        say(f"{title} are in the cache: {kind}-{key}", run.rank)
         return list(found.split(lengths))
-    net = sharded(directory, run, frozen=True)
-    found = log_probs(run, net, pairs, f"log-probs of the {kind}")
-    del net
+    net, second = sharded(directory, run, frozen=True), guide and sharded(guide, run, frozen=True)
+    found = log_probs(run, net, pairs, title, guide=second)
+    del net, second
     release(run)
     wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
     if wrong:
@@ -297,16 +307,17 @@ def figures(run, stage, logps):
 
 def judged(options, pairs, models):
     """tgdpo's numbers of each pair, in float64, for the final table and tokens.jsonl. models: {ref, guide, policy ->
-    log-probs [C + R] of each pair, or None}. Yields, pair by pair, {model: the Loss with that model as the policy} and
-    {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C], rejected [1, R])}."""
+    log-probs [C + R] of each pair, or None; centre -> KL(ref || guide) alike}. Yields, pair by pair, {model: the Loss
+    with that model as the policy} and {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C],
+    rejected [1, R])}."""
     for i, pair in enumerate(pairs):
         lengths = torch.tensor([[len(pair.chosen)], [len(pair.rejected)]])
         known = {name: logps[i].double()[None] for name, logps in models.items() if logps}
         tokens = {name: logp.split(lengths.flatten().tolist(), 1) for name, logp in known.items()}
-        losses = {
-            name: loss_of(options.loss, options, tokens | {"policy": model, "lengths": lengths})
-            for name, model in tokens.items()
-        }
+        given = tokens | {"lengths": lengths}
+        if centre := tokens.pop("centre", None):
+            given["guide"] = tuple(map(tgdpo.centred_guide, tokens["guide"], centre))
+        losses = {name: loss_of(options.loss, options, given | {"policy": net}) for name, net in tokens.items()}
         policy, ref, loss = tokens["policy"], tokens.get("ref"), losses["policy"]
         if ref:
             tokens["moved"] = tuple(map(tgdpo.token_log_ratios, policy, ref))
@@ -455,6 +466,12 @@ def read_inputs(options):
                 )
         if guide:
             same_vocabulary(tokenizer, load_tokenizer(guide, options.chat_template))
+            sizes = [model.read_config(directory).vocab_size for directory in (source, guide)]
+            if options.centre_guidance and sizes[0] != sizes[1]:
+                raise BadInput(
+                    f"--centre-guidance: {guide} has {sizes[1]} embeddings and {source} {sizes[0]}; a mean over all "
+                    "tokens needs as many in both; leave --centre-guidance out"
+                )
         pairs, counts = read_pairs(options.data, options, tokenizer)
         if options.eval_data:
             eval_pairs, eval_counts = read_pairs(options.eval_data, options, tokenizer)
@@ -474,6 +491,7 @@ def describe(options, inputs, dtype):
     """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
     return {name: getattr(options, name) for name in SETTINGS} | {
         "with": read(options.with_) or None,
+        "centred guidance": options.centre_guidance or None,
         "data": data.fingerprint(inputs.pairs),
         "evaluation data": data.fingerprint(inputs.eval_pairs),
         "chat template": inputs.tokenizer.digest,
@@ -495,17 +513,21 @@ def whole_run(options, ranks, out):
     if options.dry_run:
         return
     pairs, eval_pairs, needs = inputs.pairs, inputs.eval_pairs, LOSSES[options.loss].tensors
-    ref = guide = guide_source = None
+    ref = guide = centred = centre = guide_source = None
     if "ref" in needs:
         ref = cached_log_probs(run, "ref", inputs.source, pairs + eval_pairs, run.identity["model"])
     if "guide" in needs:
         guide_source = inputs.guide or train_guide(run, inputs, ref)
-        guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, run.identity["guide"])
+        centred = guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, run.identity["guide"])
+        if options.centre_guidance:
+            models = {"digest": run.identity["model"], "guide": guide_source}
+            centre = cached_log_probs(run, "centre", inputs.source, pairs + eval_pairs, **models)
+            centred = list(map(tgdpo.centred_guide, guide, centre))
         if options.alpha is not None and "clip" not in read(options.with_):
-            say_alpha(run, pairs, ref, guide)
-    policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, guide))
+            say_alpha(run, pairs, ref, centred)
+    policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, centred))
     release(run)
-    tell_results(run, inputs, {"ref": ref, "guide": guide, "policy": policy}, answers, guide_source)
+    tell_results(run, inputs, {"ref": ref, "guide": guide, "centre": centre, "policy": policy}, answers, guide_source)
 
 
 def begin(options, ranks, out, inputs):
@@ -603,7 +625,7 @@ def tell_results(run, inputs, logps, answers, guide_source):
             del net
             release(run)
     shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
-    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide")}
+    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
     judgements = judged(run.options, pairs, logps)
     on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))

@@ -2,6 +2,8 @@
 
     DIRECTORY/ref-<key>.safetensors, guide-<key>.safetensors
         logp float32 [R], R response tokens: pair by pair, chosen then rejected
+    DIRECTORY/centre-<key>.safetensors
+        the same, but KL(ref || guide) at the state of each token, for --centre-guidance
         metadata: the key, and a digest of the log-probs
 
 The key is made of all that the log-probs depend on (weights, data, tokenisation, dtype), so a file of another

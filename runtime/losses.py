@@ -15,8 +15,8 @@ class Entry(NamedTuple):
     beta: float  # --beta where it is not given
 
     def reads(self, option):
-        """Whether the option has an effect; `guide` is read as a model, and parts need a reference."""
-        needs = {"guide": "guide", "with_": "ref"}.get(option)
+        """Whether the option has an effect; `guide` is read as a model, centring needs one, parts need a reference."""
+        needs = {"guide": "guide", "centre_guidance": "guide", "with_": "ref"}.get(option)
         return option in self.options or needs in self.tensors
 
 

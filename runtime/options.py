@@ -138,6 +138,9 @@ class Options:
     alpha: float | None = _option("Loss", 0.5, "how much the guide shapes the reward of a token; 0 is DPO", least=0)
     gamma: float | None = _option("Loss", 1.375, "SimPO's margin itself, not its ratio to beta", least=0)
     guide_beta: float | None = _option("Loss", None, "scale of the guide's token reward [the value of --beta]", above=0)
+    centre_guidance: bool | None = _option(
+        "Loss", False, "take its mean under the reference at each state from the guide's token reward; one more pass"
+    )
 
     lr: float = _option("Optimiser", 7e-7, "highest learning rate", above=0)
     epochs: int = _option("Optimiser", 1, "times over the pairs", least=1)

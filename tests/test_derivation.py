@@ -219,6 +219,26 @@ def test_D3_what_is_given_up():
     assert relaxed == approx(quoted("D3", log(2)), abs=1e-12) and relaxed < log(4)
 
 
+def test_D3_more_than_one_v():
+    value = torch.tensor([*soft_values(HAND_REF, HAND_REWARD, 1.0, HAND)], dtype=F64)
+    for shift in (0.0, 0.7, -2.0):
+        v = value + torch.tensor([0, shift, shift, 0], dtype=F64)  # both states of step 1
+        shaped = HAND_REWARD + v[HAND.child] - v[:-1, None]
+        star = tgdpo.closed_form(HAND_REF, shaped, torch.ones_like(HAND_REF), 1.0)[0]
+        assert star[0].exp().tolist() == approx([3 / 8, 5 / 8], abs=1e-12)
+    v[1] += 0.1  # one state alone
+    shaped = HAND_REWARD + v[HAND.child] - v[:-1, None]
+    assert abs(tgdpo.closed_form(HAND_REF, shaped, torch.ones_like(HAND_REF), 1.0)[0][0, 0].exp() - 3 / 8) > 0.01
+    # Where every state can end, a shift at the states of step 1 alone changes the policy there or before.
+    draw = rng(0)
+    ref, reward = policy(draw), table(draw)
+    v = torch.tensor(soft_values(ref, reward, BETA), dtype=F64)
+    star = lambda v: tgdpo.closed_form(ref, reward + v[TREE.child] - v[:-1, None], torch.ones_like(ref), BETA)[0]
+    same(star(v), sequence_optimal(ref, reward, BETA))
+    shifted = v + torch.tensor([depth == 1 for depth in TREE.depth] + [False]).to(F64)
+    assert (star(shifted) - star(v)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_D3_what_is_lost_is_the_divergence(seed):
     draw = rng(seed)
@@ -289,9 +309,13 @@ def test_D5_fails_where_f_stands_at_the_log_ratio():
     best = max(grid, key=undivided)
     assert quoted("D5", best) < 0.5 < formula
     assert quoted("D5", undivided(best)) - quoted("D5", undivided(formula)) > 0.1
-    # What remains: r = f log pi/pi_ref + f + lambda, with one lambda for both actions.
+    # What remains: r = f log pi/pi_ref + f + lambda, with one lambda for both actions; and delta with these.
     multipliers = [r - w * log(q / u) - w for q, r, w, u in zip((best, 1 - best), reward, f, ref)]
     assert multipliers[0] == approx(multipliers[1], abs=1e-3)
+    one = lambda x: torch.tensor([[x]], dtype=F64)
+    phi = tgdpo.weighted_margin(one(log(best / 0.5)), one(log((1 - best) / 0.5)), one(2.0), one(0.5), 1.0).item()
+    delta = (f[0] + multipliers[0]) - (f[1] + multipliers[0])
+    assert phi + delta == approx(reward[0] - reward[1], abs=1e-3) and abs(delta) > 1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -439,6 +463,50 @@ def test_D9_sequence_optimum(seed):
     assert probabilities(greedy) == approx(best, abs=1e-12) and log_z.abs().max() < 1e-12
     for y in TREE.responses:
         assert total(r_hat, y) == approx(total(reward, y) - value, abs=1e-12)
+
+
+def fitted(ref, pairs, chance, seed):
+    """The guide that L-BFGS from random logits fits to the pairs (i, j) with chance of i over j; beta BETA."""
+    logits = table(rng(seed)).requires_grad_()
+    marks = torch.zeros(len(TREE.responses), 7, 3, dtype=F64)
+    for k, y in enumerate(TREE.responses):
+        for s, a in y:
+            marks[k, s, a] = 1
+    i, j = torch.tensor(pairs).T
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        scores = BETA * (marks * (logits.log_softmax(-1) - ref)).sum((1, 2))
+        z = scores[i] - scores[j]
+        loss = torch.nn.functional.softplus(-z).mul(chance).add(torch.nn.functional.softplus(z).mul(1 - chance)).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return logits.detach().log_softmax(-1)
+
+
+def test_D9_what_labels_fix():
+    draw = rng(2)
+    ref, reward = policy(draw, scale=1.0), table(draw, scale=0.7)
+    whole = torch.tensor([total(reward, y) for y in TREE.responses], dtype=F64)
+    every = list(itertools.combinations(range(15), 2))
+    for pairs in (every, every[::25]):
+        i, j = torch.tensor(pairs).T
+        fits = [fitted(ref, pairs, torch.sigmoid(whole[i] - whole[j]), seed) for seed in range(3)]
+        r_hats = [tgdpo.token_reward(guide, ref, BETA) for guide in fits]
+        apart = max((r - r_hats[0]).abs().max().item() for r in r_hats)
+        for r_hat in r_hats:  # the margins, in both
+            sums = torch.tensor([total(r_hat, y) for y in TREE.responses], dtype=F64)
+            assert (sums[i] - sums[j] - whole[i] + whole[j]).abs().max().item() < 1e-5
+        if pairs is every:  # every token's r_hat: that of the optimum
+            assert apart < 1e-5
+            same(fits[0], sequence_optimal(ref, reward, BETA), 1e-5)
+        else:
+            assert apart > 0.5
 
 
 def test_D9_by_hand():

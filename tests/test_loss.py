@@ -181,6 +181,22 @@ def test_D12_four_kinds_of_token():
     assert (up_l / dpo_up_l).tolist() == approx([0.75, 1.0, 1.25])
 
 
+def test_D12_one_larger_f_alone():
+    ref, reward = torch.full((1, 3), 1 / 3, dtype=F64).log(), torch.tensor([[1.0, 5.0, 0.0]], dtype=F64)
+    for f_a in (1.0, 2.0):
+        star = tgdpo.closed_form(ref, reward, torch.tensor([[f_a, 1.0, 1.0]], dtype=F64), 1.0)[0]
+        odds = [exp(1 / f_a), exp(5), 1]
+        assert quoted("D12", star[0, 0].exp().item()) == approx(odds[0] / sum(odds), abs=1e-14)
+
+
+def test_D11_separable_labels_have_no_minimum():
+    losses = []
+    for far in (0, 10, 100, 1000):  # one pair, the policy ever further along one direction
+        policy = REF[0] + far * torch.tensor([[1.0, 0.0]], dtype=F64), REF[1] - far
+        losses.append(tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 1.0).losses.item())
+    assert losses == sorted(losses, reverse=True) and losses[0] == approx(log(2)) and losses[-1] < 1e-100
+
+
 def test_D13_negative_f():
     policy = leaf(POLICY)
     loss = tgdpo.tgdpo_loss(policy, REF, GUIDE, 0.5, 6.0)  # f_w = (3.4, -0.2), f_l = -2
