@@ -63,7 +63,8 @@ except ImportError:
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
 SETTINGS = (
-    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed max_steps"
+    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed "
+    "max_steps"
 ).split()
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
@@ -261,13 +262,15 @@ def loss_of(name, options, tensors):
     return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
 
 
-def pack_loss(stage, options, logp, pack, indices, tally):
-    """The loss of each pair of a pack: logp [R], indices of its pairs -> tgdpo.Loss of [B]; figures go to the tally."""
+def pack_loss(stage, options, logp, pack, indices, tally, weights=1.0):
+    """The loss of each pair of a pack, times its weight: logp [R], indices of its pairs, weights [B] -> tgdpo.Loss of
+    [B]; figures go to the tally."""
     tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
     for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
         if frozen is not None:
             tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
     result = loss_of(stage.loss, options, tensors)
+    result = result._replace(losses=weights * result.losses)
     tally.add(result, tensors["lengths"])
     return result
 
@@ -321,7 +324,8 @@ def learning_rate(options, step, total):
 
 def optimiser_step(run, net, optimiser, stage, batch):
     """One step on the pairs `batch` (indices): every pair weighs 1/len(batch) (times its own weight), whatever
-    rank or micro-batch it is in. Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a gradient that is not finite."""
+    rank or micro-batch it is in. Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a
+    gradient that is not finite."""
     tally, losses = Tally(run.device, stage.ref is not None), []
     dealt = data.deal([size(stage.pairs[i]) for i in batch], run.world, run.plan.micro_tokens)[run.rank]
     for part in dealt:
@@ -329,10 +333,10 @@ def optimiser_step(run, net, optimiser, stage, batch):
         pack = to_device(data.collate([stage.pairs[i] for i in indices] or [FILLER]), run.device)
         logp = net(pack.tokens, pack)  # [R]
         if indices:
-            result = pack_loss(stage, run.options, logp, pack, indices, tally)
-            losses.append((indices, result.losses.detach()))
             weights = torch.tensor([stage.pairs[i].weight for i in indices], device=run.device)  # [B]
-            loss = (weights * result.losses).sum() * (run.world / len(batch))  # fully_shard averages over the ranks
+            result = pack_loss(stage, run.options, logp, pack, indices, tally, weights)
+            losses.append((indices, result.losses.detach()))
+            loss = result.losses.sum() * (run.world / len(batch))  # fully_shard averages over the ranks
         else:
             loss = logp.sum() * 0.0
         loss.backward()

@@ -123,8 +123,8 @@ class Options:
     data: tuple[str, ...] = _option(
         "Data",
         (),
-        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split; .gz of the first two, "
-        "a directory or a quoted glob too [the bundled pairs]",
+        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split; .gz of the first "
+        "two, a directory or a quoted glob too [the bundled pairs]",
         "FILE|ID",
     )
     eval_data: tuple[str, ...] = _option(
@@ -499,8 +499,9 @@ def _absolute_if_there(name, there=False):
 
 
 def _ours(name, dashes=""):
-    """What answers an option that TRL or LLaMA-Factory calls `name`; "" where it is none of theirs, nor ours."""
-    ours = ELSEWHERE.get(name, name)
+    """What answers an option that TRL or LLaMA-Factory calls `name`; "" where it is none of theirs, or
+    we have none."""
+    ours = ELSEWHERE.get(name)
     if ours not in FIELDS:
         return ""
     each = ", which counts the pairs of a step over all ranks" if ours == "batch_size" else ""
