@@ -76,13 +76,18 @@ def preference_of(row):
     return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
 
 
+def hidden_by(columns):
+    """The columns that --columns hides: of the names it gives, and of what else these stand for."""
+    return {alias for name in columns for alias in (name, *ALIASES.get(name, ()))}
+
+
 def renamed(row, columns):
     """The row with the columns of --columns under the names that are read. columns: {name: column}. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
         raise BadRow(f"no object: the row is a {type(row).__name__}")
-    hidden = {alias for name in columns for alias in (name, *ALIASES.get(name, ()))}
+    hidden = hidden_by(columns)
     for name, column in columns.items():
         if row.get(column) is None and name not in ("system", "history"):
             raise BadRow(f"missing field: `{column}`, which --columns reads as {name}; {has(row)}")
@@ -234,7 +239,7 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
     total, pairs, dropped, bad, unused = 0, [], [], {}, {}  # bad: reason -> ["FILE:ROW"]; unused: an ordered set
     columns = columns or {}
-    read = (READ - {alias for name in columns for alias in ALIASES.get(name, (name,))}) | set(columns.values())
+    read = (READ - hidden_by(columns)) | set(columns.values())
     with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
         make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length, columns)
         while (not limit or len(pairs) < limit) and (chunk := list(itertools.islice(rows, CHUNK))):
