@@ -121,6 +121,7 @@ def watch_memory():
 
     def look(*_):
         if memory() > most:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # once: the template is condemned
             raise MemoryError
 
     signal.signal(signal.SIGALRM, look)
