@@ -241,6 +241,8 @@ def test_history_stands_before_the_prompt_and_behind_the_system(tmp_path, tokeni
     as_messages = row([SYSTEM, *EARLIER])
     pairs, _ = load(tokenizer, tmp_path / "a.jsonl", given, as_messages)
     assert pairs[0].prompt.tolist() == pairs[1].prompt.tolist()
+    own = row([SYSTEM, said("user", "Go on")], history=[["Hi", "Yes?"]])
+    assert load(tokenizer, tmp_path / "own.jsonl", own)[0][0].prompt.tolist() == pairs[1].prompt.tolist()
     with pytest.raises(BadInput, match="`history` must be a list of"):
         load(tokenizer, tmp_path / "b.jsonl", row(history="Hi"))
     with pytest.raises(BadInput, match=r"`history\[1\]` must be a pair"):
