@@ -10,6 +10,8 @@ import collections
 import hashlib
 import heapq
 import itertools
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,16 @@ from files.template import ChatTemplate
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 PROMPTS = ("prompt", "instruction", "conversations")
+REFUSED = ("tools", "functions", "images", "videos", "audios")  # they change the prompt, and are not rendered
+READ = {*PROMPTS, *REFUSED, *"input query system history chosen rejected chosen_messages rejected_messages".split()}
+# What else a name of --columns stands for, which is not read beside the column that was named.
+ALIASES = {"prompt": (*PROMPTS, "input", "query"), "chosen": ("chosen_messages",), "rejected": ("rejected_messages",)}
+LIKE = {  # how others name them
+    "prompt": "prompt|question|instruction|query|input",
+    "chosen": "chosen|(?<!dis)prefer|accept|better|win|response_j|positive",
+    "rejected": "reject|disprefer|worse|los|response_k|negative",
+}
+TURN = re.compile(r"\n\n(Human|Assistant):")  # of hh-rlhf's transcripts
 CHUNK = 512  # rows in memory at a time
 
 
@@ -35,6 +47,7 @@ class Pair(NamedTuple):
     source: str  # "FILE:ROW", rows counted from 1: lines, or elements of an array or table
     cut: int = 0  # how many of the responses were cut
     apart: int = 0  # how many were tokenised apart from the prompt
+    weight: float = 1.0  # multiplies its loss in training
 
 
 class Counts(NamedTuple):
@@ -45,6 +58,7 @@ class Counts(NamedTuple):
     cut: int  # responses cut at max_length, of kept pairs
     boundary: int  # responses tokenised apart from their prompt, of kept pairs
     dropped: list  # {"file", "row", "reason"}; the reason's kind stands before its first colon
+    unused: tuple = ()  # columns that no part of a pair was read from
 
 
 # Rows to messages
@@ -52,14 +66,77 @@ class Counts(NamedTuple):
 
 def preference_of(row):
     """A row of any accepted form as (prompt messages, chosen text, rejected text). Raises BadRow."""
+    for field in REFUSED:
+        if row.get(field) not in (None, "", "[]", [], {}):
+            raise BadRow(f"{field}: `{field}` would change the prompt, and is not rendered; leave such rows out")
+    before = history_of(row)
+    chosen, rejected = (under_system(row, before, dialogue) for dialogue in dialogues_of(row))
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("different prompts: chosen and rejected must answer the same messages")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def hidden_by(columns):
+    """The columns that --columns hides: of the names it gives, and of what else these stand for."""
+    return {alias for name in columns for alias in (name, *ALIASES.get(name, ()))}
+
+
+def renamed(row, columns):
+    """The row with the columns of --columns under the names that are read. columns: {name: column}. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
         raise BadRow(f"no object: the row is a {type(row).__name__}")
-    chosen, rejected = dialogues_of(row)
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRow("different prompts: chosen and rejected must answer the same messages")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    hidden = hidden_by(columns)
+    for name, column in columns.items():
+        if row.get(column) is None and name not in ("system", "history"):
+            raise BadRow(f"missing field: `{column}`, which --columns reads as {name}; {has(row)}")
+    own = {field: value for field, value in row.items() if field not in hidden}
+    return own | {name: row.get(column) for name, column in columns.items()}
+
+
+def has(row):
+    """The columns of a row in words, and the --columns that would read it, where one is near."""
+    found, texts = {}, [field for field, value in row.items() if isinstance(value, (str, list, dict))]
+    for name, like in LIKE.items():
+        taken = [name] if name in texts else [field for field in texts if re.search(like, field)]
+        found |= {name: taken[0]} if taken else {}
+    near = " ".join(f"{name}={field}" for name, field in found.items() if name != field)
+    offer = f"; try --columns {near}" if near and len(found) == 3 and len(set(found.values())) == 3 else ""
+    return f"the row has: {', '.join(map(brief, row)) or 'no columns'}{offer}"
+
+
+def weight_of(row):
+    """The row's weight, a finite number above 0. Raises BadRow."""
+    weight = row["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise BadRow(f"no weight: the weight must be a number greater than 0, and is {brief(repr(weight))}")
+    return float(weight)
+
+
+def history_of(row):
+    """LLaMA-Factory's `history`, a list of [user, assistant] pairs, as messages."""
+    messages = []
+    turns = [] if row.get("history") in (None, "") else row["history"]
+    if not isinstance(turns, list):
+        raise BadRow(
+            f"wrong type: `history` must be a list of [user, assistant] pairs, and is a {type(turns).__name__}"
+        )
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRow(f"wrong type: `history[{number}]` must be a pair [user, assistant]")
+        for role, text in zip(("user", "assistant"), turn):
+            messages.append({"role": role, "content": text_of(text, f"history[{number}]")})
+    return messages
+
+
+def under_system(row, before, dialogue):
+    """The dialogue behind the row's `system`, where it has no system message of its own, and behind the history."""
+    own = dialogue[:1] if dialogue[0]["role"] == "system" else []
+    if not own and row.get("system") not in (None, ""):
+        system = [{"role": "system", "content": text_of(row["system"], "system")}]
+        return system + before + dialogue
+    return own + before + dialogue[len(own) :]
 
 
 def dialogues_of(row):
@@ -82,8 +159,6 @@ def prompt_of(row):
     else:
         fields = [given[0]] + [field for field in ("input", "query") if row.get(field) not in (None, "")]
         messages = [{"role": "user", "content": "\n".join(text_of(row[field], field) for field in fields)}]
-    if row.get("system") not in (None, "") and "system" not in [message["role"] for message in messages[:1]]:
-        messages.insert(0, {"role": "system", "content": text_of(row["system"], "system")})
     return messages
 
 
@@ -91,13 +166,16 @@ def dialogue_of(row, field, prompt):
     """The messages in a field of a row, which hold the prompt's or follow them: roles in order, the reply last."""
     value = row.get(field)
     if value is None:
-        raise BadRow(f"missing field: `{field}`")
+        raise BadRow(f"missing field: `{field}`; {has(row)}")
     if not isinstance(value, (str, list, dict)):
         raise BadRow(f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}")
+    if isinstance(value, str) and prompt is None and TURN.match(value):
+        _, *turns = TURN.split(value)
+        value = [{"role": who.lower(), "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
     dialogue = messages_of({"role": "assistant", "content": value} if isinstance(value, str) else value, field)
     if not dialogue or dialogue[0]["role"] == "assistant":
         if prompt is None:
-            raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`")
+            raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`; {has(row)}")
         dialogue = prompt + dialogue
     elif any(isinstance(row.get(name), list) for name in PROMPTS) and dialogue[: len(prompt)] != prompt:
         raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
@@ -122,6 +200,8 @@ def messages_of(value, field):
             raise BadRow(f"no message: `{place}` must be an object with role and content")
         role = message.get("from") if message.get("role") is None else message["role"]
         content = message.get("value") if message.get("content") is None else message["content"]
+        if message.get("tool_calls") or message.get("function_call"):
+            raise BadRow(f"tools: `{place}` calls a tool, which is not rendered; leave such rows out")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"unknown role: {brief(role)!r} in `{place}`; known are {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": text_of(content, place)})
@@ -148,32 +228,36 @@ def text_of(value, field):
 # Messages to pairs
 
 
-def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False):
+def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False, columns=None, limit=0):
     """Reads files of preference rows into ([Pair], Counts).
 
     paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
-    of the prompt alone. Raises BadInput for a file or template that cannot be used, for rows that cannot be
+    of the prompt alone. columns: {name: column} of --columns; limit: read on only until so many pairs are kept
+    (0: all). Raises BadInput for a file or template that cannot be used, for rows that cannot be
     read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
-    total, pairs, dropped, bad = 0, [], [], []
+    total, pairs, dropped, bad, unused = 0, [], [], {}, {}  # bad: reason -> ["FILE:ROW"]; unused: an ordered set
+    columns = columns or {}
+    read = (READ - hidden_by(columns)) | set(columns.values())
     with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
-        make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length)
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            for (path, row, _), result in zip(chunk, pool.map(make, chunk)):
+        make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length, columns)
+        while (not limit or len(pairs) < limit) and (chunk := list(itertools.islice(rows, CHUNK))):
+            for (path, row, value), result in zip(chunk, pool.map(make, chunk)):
+                if limit and len(pairs) == limit:
+                    break
                 total += 1
+                unused |= (
+                    dict.fromkeys(field for field in value if field not in read) if isinstance(value, dict) else {}
+                )
                 if isinstance(result, Pair):
                     pairs.append(result)
                     continue
                 dropped.append({"file": str(path), "row": row, "reason": str(result)})
                 if isinstance(result, BadRow):
-                    bad.append(f"{path}:{row}: {result}")
-    if len(bad) == 1 and not skip_bad_rows:
-        raise BadInput(f"{bad[0]}; mend the row, or drop such rows with --skip-bad-rows")
+                    bad.setdefault(str(result), []).append(f"{path}:{row}")
     if bad and not skip_bad_rows:
-        what = f"{len(bad)} of {total} rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
-        more = [f"... and {len(bad) - 10} more"] if len(bad) > 10 else []
-        raise BadInput("\n".join([what, *bad[:10], *more]))
+        raise BadInput(refusal(bad, total))
     if not pairs:
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in dropped)
         raise BadInput(
@@ -182,13 +266,27 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
             + "; give other data, or longer --max-length and --max-prompt-length"
         )
     cut, apart = sum(pair.cut for pair in pairs), sum(pair.apart for pair in pairs)
-    return pairs, Counts(total, len(pairs), cut, apart, dropped)
+    return pairs, Counts(total, len(pairs), cut, apart, dropped, tuple(unused))
 
 
-def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length):
+def refusal(bad, total):
+    """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW"]; total: rows read."""
+    count, lines = sum(map(len, bad.values())), []
+    for reason, (first, *others) in list(bad.items())[:10]:
+        lines.append(f"{first}: {reason}" + (f" (and {len(others)} more rows)" if others else ""))
+    if count == 1:
+        return f"{lines[0]}; mend the row, or drop such rows with --skip-bad-rows"
+    more = [f"... and {len(bad) - 10} more reasons"] if len(bad) > 10 else []
+    what = f"{count} of {total} rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
+    return "\n".join([what, *lines, *more])
+
+
+def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length, columns=None):
     """The Pair of a row; or why there is none: BadRow where it cannot be read, a string where it is dropped."""
     most = (max_length + 1) * tokenizer.longest  # more characters are more than max_length tokens
     try:
+        value = renamed(value, columns or {})
+        weight = weight_of(value) if columns and "weight" in columns else 1.0
         messages, *replies = preference_of(value)
         control = tokenizer.control.search("\0".join([message["content"] for message in messages] + replies))
         if control:
@@ -216,7 +314,7 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
     chosen, rejected = (np.array(ids, np.int32) for ids in responses)
     if np.array_equal(chosen, rejected):
         return "equal responses after the cut" if cut else "equal responses"
-    return Pair(np.array(prompt, np.int32), chosen, rejected, f"{path}:{row}", cut, apart)
+    return Pair(np.array(prompt, np.int32), chosen, rejected, f"{path}:{row}", cut, apart, weight)
 
 
 # Pairs to batches
@@ -350,10 +448,12 @@ def held_back(pairs, share, seed):
 
 
 def fingerprint(pairs):
-    """SHA-256 over all token ids and lengths, in hexadecimal: equal for equal pairs in equal order."""
+    """SHA-256 over token ids, lengths and weights other than 1, in hexadecimal: equal for equal pairs in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(np.array([len(ids) for ids in pair[:3]], np.int64))
         for ids in pair[:3]:
             digest.update(np.ascontiguousarray(ids, np.int32))
+        if pair.weight != 1:
+            digest.update(np.float64(pair.weight))
     return digest.hexdigest()

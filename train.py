@@ -68,7 +68,8 @@ except ImportError:
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
 SETTINGS = (
-    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
+    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed "
+    "max_steps"
 ).split()
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
@@ -284,13 +285,15 @@ def loss_of(name, options, tensors):
     return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
 
 
-def pack_loss(stage, options, logp, pack, indices, tally):
-    """The loss of each pair of a pack: logp [R], indices of its pairs -> tgdpo.Loss of [B]; figures go to the tally."""
+def pack_loss(stage, options, logp, pack, indices, tally, weights=1.0):
+    """The loss of each pair of a pack, times its weight: logp [R], indices of its pairs, weights [B] -> tgdpo.Loss of
+    [B]; figures go to the tally."""
     tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
     for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
         if frozen is not None:
             tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
     result = loss_of(stage.loss, options, tensors)
+    result = result._replace(losses=weights * result.losses)
     tally.add(result, tensors["lengths"])
     return result
 
@@ -344,8 +347,9 @@ def learning_rate(options, step, total):
 
 
 def optimiser_step(run, net, optimiser, stage, batch):
-    """One step on the pairs `batch` (indices): every pair weighs 1/len(batch), whatever rank or micro-batch it is in.
-    Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a gradient that is not finite."""
+    """One step on the pairs `batch` (indices): every pair weighs 1/len(batch) (times its own weight), whatever
+    rank or micro-batch it is in. Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a
+    gradient that is not finite."""
     tally, losses = Tally(run.device, stage.ref is not None), []
     dealt = data.deal([size(stage.pairs[i]) for i in batch], run.world, run.plan.micro_tokens)[run.rank]
     for part in dealt:
@@ -353,7 +357,8 @@ def optimiser_step(run, net, optimiser, stage, batch):
         pack = to_device(data.collate([stage.pairs[i] for i in indices] or [FILLER]), run.device)
         logp = net(pack.tokens, pack)  # [R]
         if indices:
-            result = pack_loss(stage, run.options, logp, pack, indices, tally)
+            weights = torch.tensor([stage.pairs[i].weight for i in indices], device=run.device)  # [B]
+            result = pack_loss(stage, run.options, logp, pack, indices, tally, weights)
             losses.append((indices, result.losses.detach()))
             loss = result.losses.sum() * (run.world / len(batch))  # fully_shard averages over the ranks
         else:
@@ -472,19 +477,23 @@ def read_inputs(options):
                     f"--centre-guidance: {guide} has {sizes[1]} embeddings and {source} {sizes[0]}; a mean over all "
                     "tokens needs as many in both; leave --centre-guidance out"
                 )
-        pairs, counts = read_pairs(options.data, options, tokenizer)
+        pairs, counts = read_pairs(options.data, options, tokenizer, limit=options.limit)
         if options.eval_data:
-            eval_pairs, eval_counts = read_pairs(options.eval_data, options, tokenizer)
+            eval_pairs, eval_counts = read_pairs(options.eval_data, options, tokenizer, without=("weight",))
             return pairs, eval_pairs, {"train": counts, "eval": eval_counts}
         return *data.held_back(pairs, options.eval_fraction, options.seed), {"train": counts}
 
     return Inputs(source, guide, tokenizer, *on_rank_0(read))
 
 
-def read_pairs(names, options, tokenizer):
-    """The pairs of files or Hub data sets, and their data.Counts."""
+def read_pairs(names, options, tokenizer, limit=0, without=()):
+    """The pairs of files or Hub data sets, and their data.Counts. without: names of --columns that are not read."""
+    columns = {name: column for name, _, column in (entry.partition("=") for entry in options.columns)}
+    columns = {name: column for name, column in columns.items() if name not in without}
     paths = [path for name in names for path in hub.data_files(name)]
-    return data.load_pairs(paths, tokenizer, options.max_length, options.max_prompt_length, options.skip_bad_rows)
+    return data.load_pairs(
+        paths, tokenizer, options.max_length, options.max_prompt_length, options.skip_bad_rows, columns, limit
+    )
 
 
 def describe(options, inputs, dtype):

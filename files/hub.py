@@ -7,6 +7,7 @@ second call needs no network. Several ranks may ask at once: huggingface_hub loc
 import collections
 import contextlib
 import fnmatch
+import glob
 import os
 import re
 
@@ -18,7 +19,7 @@ from files.errors import BadInput, brief, some
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 # Folders hold copies in other formats, consolidated.safetensors is Mistral's second copy of the same weights.
 MODEL_SKIPPED = ["*/*", "consolidated*"]
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 CARD_LIMIT = 1 << 20  # bytes of a README.md: YAML is read slowly
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -50,14 +51,25 @@ def model_directory(name):
 
 
 def data_files(name):
-    """A file, or a Hub dataset `org/name`, `org/name:split` or `org/name@revision:split` -> [path].
+    """A file, a directory, a glob, or a Hub dataset (org/name, org/name:split, org/name@revision:split) -> [path].
 
     The split is train where none is given. Of a Hub dataset only the split's files are fetched: those its README.md
     names, else those that carry the split in their path; a lone data file is the train split. Raises BadInput as
     model_directory does, and where the split is not there.
     """
+    if os.path.isdir(name):
+        found = [os.path.join(name, file) for file in sorted(os.listdir(name)) if file not in NOT_DATA]
+        found = [os.path.abspath(file) for file in found if file.endswith(DATA_SUFFIXES) and os.path.isfile(file)]
+        if not found:
+            raise BadInput(f"{name}: the directory holds no data file; {', '.join(DATA_SUFFIXES)} are read")
+        return found
     if os.path.exists(name):
         return [os.path.abspath(name)]
+    if glob.has_magic(name):
+        found = [os.path.abspath(file) for file in sorted(glob.glob(os.path.expanduser(name), recursive=True))]
+        if not found:
+            raise BadInput(f"{name}: no file has such a name")
+        return found
     match = DATA_ID.fullmatch(name)
     if not match or name.endswith(DATA_SUFFIXES):
         raise BadInput(f"{name}: there is no such file; give one, or a Hub dataset (org/name or org/name:split)")
@@ -120,7 +132,7 @@ def split_files(name, paths, configs, split):
         if named and not found:
             raise BadInput(f"{name}: {brief(named[0])} is of a kind that is not read; {', '.join(DATA_SUFFIXES)} are")
     else:
-        exact = re.compile(rf"(.*/)?{re.escape(split)}(-\d+-of-\d+)?\.\w+")
+        exact = re.compile(rf"(.*/)?{re.escape(split)}(-\d+-of-\d+)?(\.\w+)+")
         loose = re.compile(rf"(.*[/._ -])?{re.escape(split)}([/._ \d-].*)")
         found = list(filter(exact.fullmatch, data)) or list(filter(loose.fullmatch, data))
         if not found and split == "train" and len(data) == 1:

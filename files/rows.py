@@ -1,8 +1,10 @@
 """Rows out of the files that strangers made: .jsonl, .json and .parquet, with what is wrong with each in one line."""
 
 import collections
+import gzip
 import json
 import stat
+import zlib
 
 from files.errors import BadInput, BadRow, brief
 
@@ -24,7 +26,8 @@ def open_file(path):
         (stat.S_ISDIR(mode), "is a directory; name the files in it"),
         (not regular, "is a pipe or a device, not a regular file"),
         (not head, "is empty"),
-        (head.startswith(b"\x1f\x8b"), "is compressed with gzip; gunzip it first"),
+        (head.startswith(b"\x1f\x8b") and path.suffix != ".gz", "is compressed with gzip; gunzip it first"),
+        (path.suffix == ".gz" and not head.startswith(b"\x1f\x8b"), "is not compressed with gzip, as its name says"),
         (
             head.startswith(b"version https://git-lfs"),
             "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it",
@@ -67,25 +70,34 @@ def parse(raw):
 
 
 def read_rows(path):
-    """Yields (row, value) of a .jsonl, .json or .parquet file; the value is a BadRow where it cannot be read.
-    Raises BadInput where the file as a whole cannot."""
-    with open_file(path) as file:
-        if path.suffix == ".parquet":
-            rows = enumerate(parquet_rows(path), 1)
-        elif path.suffix not in (".jsonl", ".json"):
-            raise BadInput(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
-        elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            values = parse(file.read())
-            if isinstance(values, BadRow):
-                raise BadInput(f"{path}: {values}")
-            rows = enumerate(values, 1)
-        else:  # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
-            rows = ((row, parse(line.rstrip())) for row, line in enumerate(file, 1) if line.strip())
-        first = next(rows, None)
-        if first is None:
-            raise BadInput(f"{path}: has no rows")
-        yield first
-        yield from rows
+    """Yields (row, value) of a .jsonl, .json (either with .gz) or .parquet file; the value is a BadRow where it cannot
+    be read. Raises BadInput where the file as a whole cannot."""
+    try:
+        with open_file(path) as file:
+            plain = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+            yield from rows_of(path, plain, gzip.open(file) if path.suffix == ".gz" and plain != ".parquet" else file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: is damaged or cut short: {brief(error)}; fetch it anew") from None
+
+
+def rows_of(path, suffix, file):
+    """read_rows of an open file of bytes, decompressed already, by the suffix of its name without .gz."""
+    if path.suffix == ".parquet":
+        rows = enumerate(parquet_rows(path), 1)
+    elif suffix not in (".jsonl", ".json"):
+        raise BadInput(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
+    elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        values = parse(file.read())
+        if isinstance(values, BadRow):
+            raise BadInput(f"{path}: {values}")
+        rows = enumerate(values, 1)
+    else:  # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
+        rows = ((row, parse(line.rstrip())) for row, line in enumerate(file, 1) if line.strip())
+    first = next(rows, None)
+    if first is None:
+        raise BadInput(f"{path}: has no rows")
+    yield first
+    yield from rows
 
 
 def parquet_rows(path):

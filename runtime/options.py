@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import glob
 import json
 import math
 import operator
@@ -63,6 +64,26 @@ examples:
 A TOML file holds the same names with underscores: max_length = 1024, data = ["a.jsonl", "b.jsonl"].
 """
 BETAS = ", ".join(f"{entry.beta:g} with {name}" for name, entry in LOSSES.items())
+COLUMNS = ("prompt", "chosen", "rejected", "system", "history", "weight")
+# What TRL and LLaMA-Factory call them.
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "output_dir": "out",
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "save_steps": "save_every",
+    "pref_beta": "beta",
+    "cutoff_len": "max_length",
+    "max_samples": "limit",
+    "val_size": "eval_fraction",
+    "lora_r": "lora_rank",
+    "report_to": "log_to",
+    "lr_scheduler_type": "schedule",
+}
 # What --help shows for a value; words for a value of the wrong type; the limits, and when a value is within.
 METAVARS = {int: "N", float: "X", bool: None}
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
@@ -103,7 +124,8 @@ class Options:
     data: tuple[str, ...] = _option(
         "Data",
         (),
-        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split [the bundled pairs]",
+        "pairs to train on: .jsonl, .json, .parquet, or a Hub dataset, org/name or org/name:split; .gz of the first "
+        "two, a directory or a quoted glob too [the bundled pairs]",
         "FILE|ID",
     )
     eval_data: tuple[str, ...] = _option(
@@ -115,6 +137,14 @@ class Options:
     eval_fraction: float = _option(
         "Data", 0.0, "without --eval-data, hold this share of the pairs back", least=0, below=1
     )
+    columns: tuple[str, ...] = _option(
+        "Data",
+        (),
+        "which columns hold the parts of a pair; NAME is one of prompt, chosen, rejected, system, history, weight. "
+        "The weight, above 0, multiplies a pair's loss in training [the names that README.md shows]",
+        "NAME=COLUMN",
+    )
+    limit: int = _option("Data", 0, "use the first N pairs kept of --data; 0: all", least=0)
     max_length: int = _option("Data", 2048, "longest prompt and answer together, in tokens", least=2)
     max_prompt_length: int | None = _option(
         "Data",
@@ -144,6 +174,9 @@ class Options:
 
     lr: float = _option("Optimiser", 7e-7, "highest learning rate", above=0)
     epochs: int = _option("Optimiser", 1, "times over the pairs", least=1)
+    max_steps: int = _option(
+        "Optimiser", 0, "end each stage after so many steps at most; the schedule counts with it; 0: no end", least=0
+    )
     batch_size: int = _option("Optimiser", 128, "pairs an optimiser step, over all ranks", least=1)
     warmup_ratio: float = _option(
         "Optimiser", 0.1, "share of the steps in which the learning rate rises", least=0, most=1
@@ -307,7 +340,9 @@ def read_toml(path, flag=""):
     for key, value in _load_toml(path, flag + file).items():
         name = "with_" if key == "with" else key.replace("-", "_")
         if name not in FIELDS:
-            raise BadInput(f"{file}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
+            raise BadInput(
+                f"{file}: unknown key {_shown(key)}; {_ours(name) or f'the nearest is {_nearest(name, FIELDS)}'}"
+            )
         if name in settings:
             raise BadInput(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
         settings[name] = _checked(name, value, f"{file}: {name} = {_shown(value)}")
@@ -379,8 +414,9 @@ def _read_flags(argv):
         if word.startswith("-"):
             flags = [flag for action in made._actions for flag in action.option_strings]
             flag = word.split("=")[0]
-            near = _nearest(flag, flags)
-            raise BadInput(f"unknown option {_shown(flag)}; the nearest is {near} (--help lists all)")
+            name = flag.lstrip("-").replace("-", "_")
+            near = _ours(name, "--") or f"the nearest is {_nearest(flag, flags)}"
+            raise BadInput(f"unknown option {_shown(flag)}; {near} (--help lists all)")
     if unknown:
         raise BadInput(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
     given = vars(known)
@@ -421,6 +457,8 @@ def _checked(name, value, where):
             raise BadInput(f"{where}: must be {words} {limits[limit]}")
     for text in {str: (value,), tuple: value}.get(kind, ()):
         _check_text(text, where)
+    if name == "columns":
+        _columns_checked(value, where)
     if "choices" in limits and value not in limits["choices"]:
         near = _nearest(value, limits["choices"])
         raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
@@ -475,7 +513,30 @@ def _carry(settings, loss):
 def _absolute_if_there(name, there=False):
     """A path where there is one; else the name as it is, which may be a Hub id. there: it is a path in any case."""
     path = os.path.expanduser(name) if name else None
-    return os.path.abspath(path) if path and (there or os.path.exists(path)) else name
+    return os.path.abspath(path) if path and (there or os.path.exists(path) or glob.glob(path)) else name
+
+
+def _ours(name, dashes=""):
+    """What answers an option that TRL or LLaMA-Factory calls `name`; "" where it is none of theirs, or
+    we have none."""
+    ours = ELSEWHERE.get(name)
+    if ours not in FIELDS:
+        return ""
+    each = ", which counts the pairs of a step over all ranks" if ours == "batch_size" else ""
+    return f"here it is {dashes}{ours.replace('_', '-') if dashes else ours}{each}"
+
+
+def _columns_checked(value, where):
+    names = []
+    for entry in value:
+        name, sign, column = entry.partition("=")
+        if not (name and sign and column):
+            raise BadInput(f"{where}: must be NAME=COLUMN, such as prompt=question")
+        if name not in COLUMNS:
+            raise BadInput(f"{where}: must name one of {', '.join(COLUMNS)}; the nearest is {_nearest(name, COLUMNS)}")
+        if name in names:
+            raise BadInput(f"{where}: gives {name} twice; keep one")
+        names.append(name)
 
 
 def _nearest(word, known):

@@ -8,9 +8,9 @@ from runtime.progress import say
 
 
 def steps(options, pairs):
-    """(optimiser steps of an epoch, of a stage) on so many pairs."""
+    """(optimiser steps of an epoch, of a stage) on so many pairs. The one place where steps are counted."""
     per_epoch = -(-pairs // options.batch_size)
-    return per_epoch, options.epochs * per_epoch
+    return per_epoch, min(options.epochs * per_epoch, options.max_steps or options.epochs * per_epoch)
 
 
 def trains_guide(options):
@@ -28,6 +28,7 @@ def counts_lines(counts):
         )
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in count.dropped)
         lines += [f"  dropped {number}: {kind}" for kind, number in sorted(kinds.items())]
+        lines += [f"  also there, not used: {', '.join(count.unused)}"] if count.unused else []
     return lines
 
 
@@ -43,6 +44,8 @@ def warnings(options, contexts, pairs, eval_pairs):
                 f"warning: --max-length {options.max_length} is beyond the {most} tokens that "
                 f"{directory} was made for; the longest pair has {longest}"
             )
+    if same := sorted(set(options.data) & set(options.eval_data)):
+        lines.append(f"warning: {', '.join(same)}: is given as --data and as --eval-data; nothing is held out of it")
     if len(pairs) < options.batch_size:
         lines.append(
             f"warning: {len(pairs)} pairs are fewer than --batch-size {options.batch_size}: each step takes all"

@@ -37,7 +37,8 @@ FILES = {  # name: (content, message behind the path)
     "none.json": (b"[]", "has no rows"),
     "rows.csv": (b"prompt,chosen\n", "unknown suffix '.csv'; .jsonl, .json and .parquet are read"),
     "packed.jsonl": (gzip.compress(b"{}"), "is compressed with gzip; gunzip it first"),
-    "packed.jsonl.gz": (gzip.compress(b"{}"), "is compressed with gzip; gunzip it first"),
+    "plain.jsonl.gz": (b"{}", "is not compressed with gzip, as its name says"),
+    "short.jsonl.gz": (gzip.compress(b"{}" * 99)[:-9], "is damaged or cut short: "),
     "pointer.parquet": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         "is a Git LFS pointer, not the file itself; `git lfs pull` fetches it",
@@ -177,12 +178,14 @@ def test_one_bad_row_is_one_line(tmp_path, tokenizer):
     )
 
 
-def test_the_first_ten_bad_rows_are_listed(tmp_path, tokenizer):
+def test_each_reason_is_listed_once(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", *(row() if i % 3 else row(chosen=None) for i in range(39)))
     lines = refusal(path, tokenizer).split("\n")
     assert lines[0] == "13 of 39 rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
-    assert lines[1:11] == [f"{path}:{i}: missing field: `chosen`" for i in range(1, 31, 3)]
-    assert lines[11:] == ["... and 3 more"]
+    assert lines[1:] == [f"{path}:1: missing field: `chosen`; the row has: prompt, chosen, rejected (and 12 more rows)"]
+    many = write_rows(tmp_path / "c.jsonl", *(row(**{f"x{i}": 1, "chosen": None}) for i in range(13)), row())
+    lines = refusal(many, tokenizer).split("\n")
+    assert len(lines) == 12 and lines[11] == "... and 3 more reasons"
     two = write_rows(tmp_path / "b.jsonl", "{", row(), "}")
     lines = refusal(two, tokenizer).split("\n")
     assert [line.split(": ")[0] for line in lines[1:]] == [f"{two}:1", f"{two}:3"]
@@ -192,7 +195,7 @@ def test_bad_rows_are_skipped_by_kind(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.json", [row(), row(chosen=None), 7])
     _, counts = data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=True)
     assert [(drop["row"], drop["reason"]) for drop in counts.dropped] == [
-        (2, "missing field: `chosen`"),
+        (2, "missing field: `chosen`; the row has: prompt, chosen, rejected"),
         (3, "no object: the row is a int"),
     ]
 

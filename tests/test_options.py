@@ -361,3 +361,33 @@ def test_help_needs_no_torch_and_bad_options_end_early():
     bad = run("--bta", "1")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("train.py: error: unknown option --bta")
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("learning-rate", "--lr"),
+        ("learning_rate", "--lr"),
+        ("per_device_train_batch_size", "--batch-size, which counts the pairs of a step over all ranks"),
+        ("cutoff-len", "--max-length"),
+        ("max-samples", "--limit"),
+        ("val-size", "--eval-fraction"),
+        ("output_dir", "--out"),
+    ],
+)
+def test_the_names_of_others_are_answered_with_ours(theirs, ours, config):
+    with pytest.raises(BadInput, match=f"unknown option --{theirs}; here it is {ours} "):
+        resolve([f"--{theirs}", "1"])
+    key = ours.split(",")[0].strip("-").replace("-", "_")
+    with pytest.raises(BadInput, match=f"unknown key {theirs}; here it is {key}"):
+        resolve(config(f"{theirs} = 1"))
+
+
+def test_columns_are_names_and_columns(config):
+    assert resolve(["--columns", "prompt=q", "chosen=a=b"]).columns == ("prompt=q", "chosen=a=b")
+    assert resolve(config('columns = ["weight=w"]')).columns == ("weight=w",)
+    for bad, words in (("prompt", "must be NAME=COLUMN"), ("chosn=a", "the nearest is chosen"), ("=a", "NAME=COLUMN")):
+        with pytest.raises(BadInput, match=words):
+            resolve(["--columns", bad])
+    with pytest.raises(BadInput, match="gives prompt twice"):
+        resolve(["--columns", "prompt=a", "prompt=b"])

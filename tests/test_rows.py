@@ -1,5 +1,6 @@
 """Rows of every accepted form, truncation, drops and their counts."""
 
+import gzip
 import json
 import sys
 
@@ -9,6 +10,7 @@ from tiny_tokenizers import llama3, row, write_rows
 from tokenizers import normalizers
 
 import data
+from files import hub
 from files.errors import BadInput
 from files.tokenizer import load_tokenizer
 
@@ -228,3 +230,83 @@ def test_parquet_without_pyarrow(tmp_path, tokenizer, monkeypatch):
         data.load_pairs([tmp_path / "a.parquet"], tokenizer, 1000, 900)
     said = "needs pyarrow; pip install pyarrow, or convert the file to .jsonl"
     assert str(error.value) == f"{tmp_path / 'a.parquet'}: {said}"
+
+
+def prompt_text(tokenizer, pair):
+    return tokenizer.decode(pair.prompt)
+
+
+def test_history_stands_before_the_prompt_and_behind_the_system(tmp_path, tokenizer):
+    given = row("Go on", history=[["Hi", "Yes?"]], system="Be kind.")
+    as_messages = row([SYSTEM, *EARLIER])
+    pairs, _ = load(tokenizer, tmp_path / "a.jsonl", given, as_messages)
+    assert pairs[0].prompt.tolist() == pairs[1].prompt.tolist()
+    own = row([SYSTEM, said("user", "Go on")], history=[["Hi", "Yes?"]])
+    assert load(tokenizer, tmp_path / "own.jsonl", own)[0][0].prompt.tolist() == pairs[1].prompt.tolist()
+    with pytest.raises(BadInput, match="`history` must be a list of"):
+        load(tokenizer, tmp_path / "b.jsonl", row(history="Hi"))
+    with pytest.raises(BadInput, match=r"`history\[1\]` must be a pair"):
+        load(tokenizer, tmp_path / "c.jsonl", row(history=[["Hi"]]))
+
+
+@pytest.mark.parametrize("field", ["tools", "functions", "images", "videos", "audios"])
+def test_what_would_change_a_prompt_is_refused_by_name(field, tmp_path, tokenizer):
+    for empty in (None, "", "[]", []):
+        assert len(load(tokenizer, tmp_path / "a.jsonl", row(**{field: empty}))[0]) == 1
+    with pytest.raises(BadInput, match=f"`{field}` would change the prompt"):
+        load(tokenizer, tmp_path / "b.jsonl", row(**{field: ["x"]}))
+
+
+def test_transcripts_of_hh_rlhf(tmp_path, tokenizer):
+    start = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go on\n\nAssistant:"
+    given = {"chosen": f"{start} hello", "rejected": f"{start} there"}
+    pairs, _ = load(tokenizer, tmp_path / "a.jsonl", given, row(EARLIER))
+    for ours, theirs in zip(pairs[0][:3], pairs[1][:3]):
+        assert ours.tolist() == theirs.tolist()
+    with pytest.raises(BadInput, match="roles out of order"):
+        load(tokenizer, tmp_path / "b.jsonl", {"chosen": "\n\nHuman: a" + start + "x", "rejected": start + "y"})
+
+
+def test_columns_rename_and_weigh(tmp_path, tokenizer):
+    given = {"question": "Hi", "j": "hello", "k": "there", "chosen": 3, "instruction": "no", "w": 2.5}
+    path = write_rows(tmp_path / "a.jsonl", given)
+    columns = {"prompt": "question", "chosen": "j", "rejected": "k", "weight": "w"}
+    (pair,), counts = data.load_pairs([path], tokenizer, 1000, 900, columns=columns)
+    (plain,), _ = load(tokenizer, tmp_path / "b.jsonl", row())
+    assert [ids.tolist() for ids in pair[:3]] == [ids.tolist() for ids in plain[:3]] and pair.weight == 2.5
+    assert counts.unused == ("chosen", "instruction")
+    assert data.fingerprint([pair]) != data.fingerprint([pair._replace(weight=1.0)]) == data.fingerprint([plain])
+    for weight in (0, -1, "1", True, None, 1e999):
+        bad = write_rows(tmp_path / "c.jsonl", json.dumps(given | {"w": weight}).replace("Infinity", "1e999"))
+        with pytest.raises(BadInput, match="no weight|missing field: `w`"):
+            data.load_pairs([bad], tokenizer, 1000, 900, columns=columns)
+    (alone,), counts = load(tokenizer, tmp_path / "d.jsonl", row(weight=7))
+    assert alone.weight == 1 and counts.unused == ("weight",)
+
+
+def test_a_refusal_tells_the_columns_and_those_that_would_do(tmp_path, tokenizer):
+    with pytest.raises(BadInput) as error:
+        load(tokenizer, tmp_path / "a.jsonl", {"question": "a", "response_j": "b", "response_k": "c"})
+    assert "the row has: question, response_j, response_k; try --columns" in str(error.value)
+    assert "prompt=question chosen=response_j rejected=response_k" in str(error.value)
+
+
+def test_gz_folders_globs_and_limit(tmp_path, tokenizer):
+    lines = [json.dumps(row(f"Hi {i}")) for i in range(6)]
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines[:3]))
+    with gzip.open(tmp_path / "c.json.gz", "wt") as file:
+        file.write("[" + ",".join(lines[3:5]) + "]")
+    (tmp_path / "a.jsonl").write_text(lines[5])
+    (tmp_path / "notes.txt").write_text("no data")
+    files = hub.data_files(str(tmp_path))
+    assert files == [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.json.gz")]
+    assert hub.data_files(str(tmp_path / "*.gz")) == files[1:]
+    texts = [prompt_text(tokenizer, pair) for pair in data.load_pairs(files, tokenizer, 1000, 900)[0]]
+    assert [next(i for i in range(6) if f"Hi {i}" in text) for text in texts] == [5, 0, 1, 2, 3, 4]
+    pairs, counts = data.load_pairs(files, tokenizer, 1000, 900, limit=2)
+    assert (len(pairs), counts.rows, counts.kept) == (2, 2, 2)
+    for name in ("none*.jsonl", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(BadInput):
+            hub.data_files(str(tmp_path / name))

@@ -87,7 +87,7 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
                         phi = phi + sign * beta * f * (logp[t] - logp_ref[t])
                 if loss == "simpo":
                     phi = phi - gamma
-                mean = mean + torch.log(1 + torch.exp(-phi)) / len(batch)
+                mean = mean + pair.weight * torch.log(1 + torch.exp(-phi)) / len(batch)
             optimiser.zero_grad()
             mean.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -290,3 +290,20 @@ def test_learning_rates_by_hand():
     assert train.learning_rate(Options, 4, 10) == pytest.approx(1 - 2 / 8)
     Options.schedule, Options.warmup_ratio = "constant", 0
     assert {train.learning_rate(Options, step, 10) for step in range(10)} == {1.0}
+
+
+def test_a_weight_multiplies_its_pairs_loss(tmp_path):
+    """--columns weight=COLUMN: the training of a plain loop with the same weights, and of no loop without them."""
+    start, path = make_checkpoint(tmp_path / "start"), tmp_path / "pairs.jsonl"
+    make_pairs(path, 10)
+    rows = [json.loads(line) | {"w": 0.1 + i} for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--model", start, "--data", path, "--loss", "dpo", "--columns", "weight=w")
+    assert run("--out", tmp_path / "out", *given) == 0
+    plain = tokens_of(start, path)
+    expected, _ = plain_training(start, [p._replace(weight=0.1 + i) for i, p in enumerate(plain)], "dpo", beta=0.3)
+    found = [r["loss"] for r in metrics(tmp_path / "out", "dpo")]
+    same(found, expected)
+    assert max(abs(a - b) for a, b in zip(found, plain_training(start, plain, "dpo", beta=0.3)[0])) > 0.1
+    assert run("--out", tmp_path / "short", *given, "--max-steps", "2") == 0
+    assert len(metrics(tmp_path / "short", "dpo")) == 2
