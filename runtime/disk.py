@@ -61,6 +61,27 @@ def remove(path):
         os.remove(path)
 
 
+def entries(path):
+    """The names in the directory `path`, [] where there is none. Raises RunFailed where it cannot be read: what
+    cannot be read may well be whole."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError as failure:
+        if is_absent(failure):
+            return []
+        raise unreadable(path, failure) from failure
+
+
+def is_absent(failure):
+    """Whether an OSError proves that what was to be read is not there, or no file or directory as it should be."""
+    return failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def unreadable(path, failure):
+    """The RunFailed for what is there and cannot be read."""
+    return RunFailed(f"{path} cannot be read: {failure.strerror}; all is left as it is: mend that, then --resume")
+
+
 def fsync(path):
     """Waits until the file or directory at `path` is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
