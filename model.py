@@ -312,13 +312,13 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, most, compiled=False):
-        ctx.chunks, (log_normaliser, ctx.scaled_softmax) = _equal_slices(len(targets), most), _passes(compiled)
+        ctx.chunks, (normaliser, ctx.softmax) = _equal_slices(len(targets), most), _passes(compiled)
         logp = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))  # [R]
         norm = torch.empty_like(logp)  # log of the softmax's denominator
         ctx.last = None  # the last chunk's logits
         for c in ctx.chunks:
             ctx.last = _product(hidden[c], weight.t())  # [r, V]
-            norm[c] = log_normaliser(ctx.last)
+            norm[c] = normaliser(ctx.last)
             logp[c] = ctx.last.gather(1, targets[c, None])[:, 0] - norm[c]
         ctx.save_for_backward(hidden, weight, targets, norm, logp)
         return logp
@@ -332,7 +332,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=norm.dtype)  # [V, C]
         for c in reversed(ctx.chunks):
             logits, ctx.last = ctx.last if ctx.last is not None else _product(hidden[c], weight.t()), None
-            slope = ctx.scaled_softmax(logits, norm[c], -grad[c], hidden.dtype)  # −g · p, [r, V]
+            slope = ctx.softmax(logits, norm[c], -grad[c], hidden.dtype)  # −g · p, [r, V]
             slope.scatter_(1, targets[c, None], at_target[c])
             grad_hidden[c] = slope @ weight
             if grad_weight is not None:
@@ -379,15 +379,15 @@ def _add_product(total, a, b):
 @functools.cache
 def _passes(compiled):
     """The two passes over a chunk's logits [r, V]: the log of the softmax's denominator, [r], and scale · softmax,
-    [r, V], which may overwrite them. torch.compile makes one kernel of each."""
-    log_normaliser = lambda logits: logits.logsumexp(-1)
-    if not compiled:
-        return (
-            log_normaliser,
-            lambda logits, norm, scale, dtype: logits.sub_(norm[:, None]).exp_().mul_(scale[:, None]).to(dtype),
-        )
-    scaled_softmax = lambda logits, norm, scale, dtype: ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
-    return torch.compile(log_normaliser, dynamic=True), torch.compile(scaled_softmax, dynamic=True)
+    [r, V], which may overwrite them. torch.compile makes one kernel of each; without, the first goes in sixteenths, as
+    what it makes on the way is as large as what it is given."""
+    if compiled:
+        normaliser = lambda logits: logits.logsumexp(-1)
+        softmax = lambda logits, norm, scale, dtype: ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
+        return torch.compile(normaliser, dynamic=True), torch.compile(softmax, dynamic=True)
+    normaliser = lambda logits: torch.cat([part.logsumexp(-1) for part in logits.split(-(-len(logits) // 16))])
+    softmax = lambda logits, norm, scale, dtype: logits.sub_(norm[:, None]).exp_().mul_(scale[:, None]).to(dtype)
+    return normaliser, softmax
 
 
 # --------------------------------------------------------------------------------------------------- sampling

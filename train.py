@@ -43,7 +43,7 @@ import model
 import tgdpo
 from files import hub
 from files.card import model_card
-from files.errors import BadInput
+from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
@@ -416,11 +416,6 @@ def evaluate(run, stage, training):
     row = figures(run, stage, found) | flops.speed(run.device, run.world, stage.eval_pairs, began)
     run.metrics.write({"stage": stage.loss, "step": training.step, "eval": True} | row)
     return found
-
-
-def some(names):
-    """The first five of a list in words."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ------------------------------------------------------------------------------------------------- the inputs

@@ -113,7 +113,7 @@ def memory():
 
 
 def watch_memory():
-    """Limits memory where the address space cannot be, as on macOS: looks at it every 10 ms of processor time.
+    """Limits memory where the address space cannot be, as on macOS: looks at it every 10 ms.
 
     Python looks between two steps of a template; what one step takes is limited by SECONDS alone.
     """
@@ -121,10 +121,11 @@ def watch_memory():
 
     def look(*_):
         if memory() > most:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # once: the template is condemned
             raise MemoryError
 
-    signal.signal(signal.SIGVTALRM, look)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0.01, 0.01)
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
 
 
 def main():

@@ -227,7 +227,7 @@ def resolve(argv):
     try:
         settings = read_toml(config, "--config ") if config else {}
     except FileNotFoundError:
-        raise BadInput(f"--config {_shown(config)}: there is no such file") from None
+        raise BadInput(f"--config {_shown(config, most=1000)}: there is no such file") from None
     loss = given.get("loss", settings.get("loss", DEFAULTS["loss"]))
     chosen = {}
     if "model" not in given and "model" not in settings:
@@ -288,7 +288,7 @@ def to_toml(options):
 def read_toml(path, flag=""):
     """A TOML file -> {option: value}, checked. Keys may be written with dashes as well. flag: what named the file.
     Raises BadInput; FileNotFoundError where there is no such file."""
-    settings, file = {}, _shown(str(path))
+    settings, file = {}, _shown(str(path), most=1000)
     for key, value in _load_toml(path, flag + file).items():
         name = key.replace("-", "_")
         if name not in FIELDS:
@@ -464,11 +464,11 @@ def _nearest(word, known):
     return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
 
 
-def _shown(value):
+def _shown(value, most=80):
     """A value as an error line shows it: short, and with control characters written out."""
     text = value if isinstance(value, str) else repr(value)
     text = text.lower() if isinstance(value, bool) else text
-    text = text if len(text) <= 80 else text[:77] + "..."
+    text = text if len(text) <= most else text[: most - 3] + "..."
     return text if text.strip() and text.isprintable() else _toml_value(text)
 
 

@@ -316,9 +316,10 @@ def test_templates_that_must_not_run(why, tmp_path):
 
 
 def disturbed(monkeypatch, tmp_path, lines):
-    """Has the templates' process run these lines of Python before its own."""
+    """Has the templates' process run these lines of Python before its own, `source`."""
     script = tmp_path / "disturbed.py"
-    script.write_text(f"import runpy\n{lines}\nrunpy.run_path({str(template.SANDBOX)!r}, run_name='__main__')")
+    source = template.SANDBOX.read_text()
+    script.write_text(f"source = {source!r}\n{lines}\nexec(compile(source, 'sandbox.py', 'exec'))\n")
     monkeypatch.setattr(template, "SANDBOX", script)
 
 
@@ -334,16 +335,14 @@ def test_limits_that_the_system_refuses_are_done_without(tmp_path, monkeypatch, 
 
 
 @pytest.mark.linux("a process's peak memory is read from /proc")
-def test_a_doubling_template_without_limits_takes_neither_long_nor_gigabytes(tmp_path, monkeypatch):
-    disturbed(monkeypatch, tmp_path, NO_LIMITS)
+def test_a_doubling_template_without_limits_does_not_eat_the_memory(tmp_path, monkeypatch):
+    disturbed(monkeypatch, tmp_path, NO_LIMITS + "\nsource = source.replace('MEMORY = 1 << 30', 'MEMORY = 1 << 28')")
     doubling = load_tokenizer(llama3(tmp_path / "model", TEMPLATES["doubling"][0]))
-    began = time.monotonic()
     with template.ChatTemplate(doubling) as process:
-        with pytest.raises(BadInput, match=f"cannot be used: ({TOO_MUCH}|takes too long)"):
+        with pytest.raises(BadInput, match=f"the chat template cannot be used: {TOO_MUCH}"):
             process.render([message()])
-        status = Path(f"/proc/{process.process.pid}/status").read_text()  # the process waits, or is gone
-        peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) if "VmHWM" in status else 0
-    assert time.monotonic() - began < 30 and peak < 2.5 * 2**20  # KiB
+        status = Path(f"/proc/{process.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) < 1 << 20  # KiB
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,18 @@ def test_which_files_are_a_split(files, split, expected):
         assert hub.split_files("org/pairs", files, {}, split) == expected
 
 
+def test_names_of_strangers_stay_on_one_line():
+    for files, configs in (
+        (["a\nb.jsonl", "c.jsonl"], {}),
+        ([], {"a\nb": {"train": []}, "c": {"train": []}}),
+        ([], {"default": {"a\nb": []}}),
+        (["a\nb.csv"], {"default": {"train": ["*"]}}),
+    ):
+        with pytest.raises(BadInput, match="a b") as caught:
+            hub.split_files("org/pairs", files, configs, "train")
+        assert "\n" not in str(caught.value)
+
+
 def configs_of(folder, readme):
     (folder / "README.md").write_text(readme)
     return hub.card_configs("org/pairs", folder / "README.md")
