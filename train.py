@@ -50,11 +50,16 @@ from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, pro
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
 from runtime.metrics import Metrics
+from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Progress, say
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
 
+try:
+    from neighbours import parts as neighbours
+except ImportError:
+    neighbours = None  # only --with needs it
 try:
     from report import report
 except ImportError:
@@ -255,9 +260,17 @@ def cached_log_probs(run, kind, directory, pairs, digest=None):
 
 
 def loss_of(name, options, tensors):
-    """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each."""
+    """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each. Parts of
+    --with belong to the last stage: a guide is trained without."""
     entry = LOSSES[name]
     settings = {option: getattr(options, option) for option in entry.options}
+    if options.with_ and name == options.loss:
+        parts = [
+            neighbours.Chosen(PARTS[part].kind, getattr(neighbours, PARTS[part].function), PARTS[part].takes, number)
+            for part, number in read(options.with_).items()
+        ]
+        models = (tensors["policy"], tensors["ref"], tensors["guide"] if "guide" in entry.tensors else None)
+        return neighbours.composed(parts, *models, tensors["lengths"], **settings)
     return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
 
 
@@ -460,6 +473,7 @@ def read_pairs(names, options, tokenizer):
 def describe(options, inputs, dtype):
     """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
     return {name: getattr(options, name) for name in SETTINGS} | {
+        "with": read(options.with_) or None,
         "data": data.fingerprint(inputs.pairs),
         "evaluation data": data.fingerprint(inputs.eval_pairs),
         "chat template": inputs.tokenizer.digest,
@@ -474,6 +488,8 @@ def describe(options, inputs, dtype):
 
 def whole_run(options, ranks, out):
     """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
+    if options.with_ and not neighbours:
+        raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
     inputs = read_inputs(options)
     run = begin(options, ranks, out, inputs)
     if options.dry_run:
@@ -485,7 +501,7 @@ def whole_run(options, ranks, out):
     if "guide" in needs:
         guide_source = inputs.guide or train_guide(run, inputs, ref)
         guide = cached_log_probs(run, "guide", guide_source, pairs + eval_pairs, run.identity["guide"])
-        if options.alpha is not None:
+        if options.alpha is not None and "clip" not in read(options.with_):
             say_alpha(run, pairs, ref, guide)
     policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, guide))
     release(run)

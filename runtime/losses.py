@@ -15,8 +15,9 @@ class Entry(NamedTuple):
     beta: float  # --beta where it is not given
 
     def reads(self, option):
-        """Whether the option has an effect; `guide` is read as a model, not as a number."""
-        return option in self.options or option == "guide" and "guide" in self.tensors
+        """Whether the option has an effect; `guide` is read as a model, and parts need a reference."""
+        needs = {"guide": "guide", "with_": "ref"}.get(option)
+        return option in self.options or needs in self.tensors
 
 
 LOSSES = {

@@ -25,6 +25,7 @@ import tomllib
 import typing
 
 from files.errors import BadInput, brief
+from runtime import parts
 from runtime.losses import LOSSES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -125,6 +126,12 @@ class Options:
     skip_bad_rows: bool = _option("Data", False, "drop and count rows that cannot be read, instead of stopping")
 
     loss: str = _option("Loss", "tgdpo", "what is minimised", choices=LOSSES)
+    with_: tuple[str, ...] = _option(
+        "Loss",
+        (),
+        f"parts of neighbouring losses, composed; neighbours/neighbours.md tells each: {', '.join(parts.PARTS)} [none]",
+        "PART[=NUMBER]",
+    )
     beta: float | None = _option(
         "Loss", None, f"strength of the pull to the reference; SimPO's scale [{BETAS}]", above=0
     )
@@ -199,6 +206,11 @@ KINDS = {
     name: tuple if typing.get_origin(hint) is tuple else (typing.get_args(hint) or (hint,))[0]
     for name, hint in typing.get_type_hints(Options).items()
 }
+
+
+def flag_of(name):
+    """The flag of an option: `with_` is --with, as `with` is a word of Python."""
+    return "--" + name.strip("_").replace("_", "-")
 
 
 def readers(name):
@@ -281,7 +293,7 @@ def to_toml(options):
         if field.metadata["group"] != group:
             group = field.metadata["group"]
             lines.append(f"\n# {group}\n")
-        lines.append(f"{name} = {_toml_value(value)}\n")
+        lines.append(f"{name.strip('_')} = {_toml_value(value)}\n")
     return "".join(lines)
 
 
@@ -290,7 +302,7 @@ def read_toml(path, flag=""):
     Raises BadInput; FileNotFoundError where there is no such file."""
     settings, file = {}, _shown(str(path), most=1000)
     for key, value in _load_toml(path, flag + file).items():
-        name = key.replace("-", "_")
+        name = "with_" if key == "with" else key.replace("-", "_")
         if name not in FIELDS:
             raise BadInput(f"{file}: unknown key {_shown(key)}; the nearest is {_nearest(name, FIELDS)}")
         if name in settings:
@@ -352,7 +364,7 @@ def parser():
             details["metavar"] = said["metavar"] or METAVARS.get(kind) or "|".join(said["choices"])
         if kind is tuple:
             details |= {"nargs": "+", "action": "extend"}
-        groups[said["group"]].add_argument("--" + name.replace("_", "-"), dest=name, **details)
+        groups[said["group"]].add_argument(flag_of(name), dest=name, **details)
     return made
 
 
@@ -371,7 +383,7 @@ def _read_flags(argv):
     given = vars(known)
     config = given.pop("config", None)
     for name, value in given.items():
-        where = "--" + name.replace("_", "-")
+        where = flag_of(name)
         if KINDS[name] is not bool:
             where += " " + _shown(" ".join(value) if KINDS[name] is tuple else value)
         if KINDS[name] in (int, float):
@@ -409,6 +421,8 @@ def _checked(name, value, where):
     if "choices" in limits and value not in limits["choices"]:
         near = _nearest(value, limits["choices"])
         raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
+    if name == "with_":
+        parts.read(value, where)
     if name == "name" and not re.fullmatch(r"[\w+-][\w.+-]*", value):
         raise BadInput(f"{where}: must be a plain name of letters, digits, '-', '_', '+' and '.'")
     return value
@@ -431,8 +445,9 @@ def _check_text(text, where):
 def _refuse_contradictions(chosen, loss):
     for name in ignored(loss):
         if name in chosen:
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} {chosen[name]}: --loss {loss} has no use for it; leave it out")
+            value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
+            raise BadInput(f"{flag_of(name)} {value}: --loss {loss} has no use for it; leave it out")
+    parts.refuse_without_guide(chosen.get("with_"), loss)
     longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:

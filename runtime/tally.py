@@ -16,7 +16,9 @@ class Tally:
         """reference: whether the loss knows one; without, a row has no DPO margin and no log-ratios."""
         number = lambda value: torch.tensor(value, dtype=torch.float64, device=device)
         self.means = OF_PAIRS + (OF_REFERENCE if reference else ())
-        self.sums = {name: number(0.0) for name in ("pairs", *OF_PAIRS, *OF_REFERENCE, "tokens", *OF_TOKENS)}
+        self.sums = {
+            name: number(0.0) for name in ("pairs", *OF_PAIRS, *OF_REFERENCE, "tokens", *OF_TOKENS, "weighted", "u")
+        }
         self.peaks = {name: number(-torch.inf) for name in PEAKS}
 
     def add(self, loss, lengths):
@@ -36,6 +38,9 @@ class Tally:
             figures |= {"f": f, "f_square": f.square(), "f_nonpositive": f <= 0}
             for name, values in zip(PEAKS, (r_hat, -r_hat, f, -f)):
                 self.peaks[name] = torch.maximum(self.peaks[name], values.max())
+        if getattr(loss, "u", None) is not None:  # parts that are token weights (neighbours/)
+            u = _real(loss.u, lengths).double()
+            figures |= {"weighted": torch.ones_like(u), "u": u}
         for name, values in figures.items():
             self.sums[name] += values.detach().double().sum()
 
@@ -51,6 +56,8 @@ class Tally:
                 row[f"{name}_min"] = -peaks[f"-{name}"]
                 row[f"{name}_max"] = peaks[name]
             row["f_nonpositive"] = sums["f_nonpositive"] / sums["tokens"]
+        if sums["weighted"]:
+            row["u_mean"] = sums["u"] / sums["weighted"]
         return row
 
 

@@ -316,7 +316,7 @@ def test_every_option_has_flag_help_and_group():
     assert {field.metadata["group"] for field in options.FIELDS.values()} == set(options.GROUPS)
     help_text = " ".join(options.parser().format_help().split())
     for name, field in options.FIELDS.items():
-        assert f"--{name.replace('_', '-')} " in help_text.replace(",", " ")
+        assert f"{options.flag_of(name)} " in help_text.replace(",", " ")
         assert " ".join(field.metadata["help"].split()) in help_text
     assert "[7e-07]" in help_text and "[0]" in help_text and "[no]" in help_text
     for entry in LOSSES.values():

@@ -1,0 +1,178 @@
+"""The parts of neighbouring losses against loops over plain numbers, their limits, their gradients and the refusals."""
+
+import math
+import random
+
+import pytest
+import torch
+
+import tgdpo
+from files.errors import BadInput
+from neighbours import parts as neighbours
+from runtime import options
+from runtime.parts import PARTS, read
+
+BETA, ALPHA, GUIDE_BETA = 0.3, 0.7, 0.4
+LENGTHS = ([3, 5, 1, 4], [4, 2, 6, 4])
+
+
+def models(dtype=torch.float64):
+    """policy, ref, guide: (chosen, rejected) of [4, T], 0 behind each response."""
+    torch.manual_seed(1)
+    real = [torch.arange(max(n)) < torch.tensor(n)[:, None] for n in LENGTHS]
+    return [tuple(-3 * torch.rand(mask.shape, dtype=dtype) * mask for mask in real) for _ in range(3)]
+
+
+def loss(words, policy, ref, guide=None, alpha=ALPHA):
+    chosen = []
+    for name, number in read(words).items():
+        part = PARTS[name]
+        chosen.append(neighbours.Chosen(part.kind, getattr(neighbours, part.function), part.takes, number))
+    more = {"alpha": alpha, "guide_beta": GUIDE_BETA} if guide else {}
+    return neighbours.composed(chosen, policy, ref, guide, LENGTHS, BETA, **more)
+
+
+def by_hand(words, policy, ref, guide=None):
+    """The losses and margins of the four pairs, number by number."""
+    parts, out = read(words), []
+    L = lambda z: math.log1p(math.exp(-z))
+    sig = lambda z: 1 / (1 + math.exp(-z))
+    for i in range(4):
+        sums, sides = [], []
+        for side, sign in ((0, 1), (1, -1)):
+            T = LENGTHS[side][i]
+            p, r = (m[side][i, :T].tolist() for m in (policy, ref))
+            c, u = [a - b for a, b in zip(p, r)], [1.0] * T
+            if guide:
+                x = [float(g) - b for g, b in zip(guide[side][i][:T], r)]
+                k = parts.get("clip", math.inf)
+                u = [1 + sign * ALPHA * GUIDE_BETA * max(-k, min(k, v)) for v in x]
+                if "select" in parts:
+                    n = max(1, math.floor(round(parts["select"] * T, 6)))
+                    best = sorted(range(T), key=lambda t: (-sign * x[t], t))[:n]
+                    u = [v if t in best else 0.0 for t, v in enumerate(u)]
+            for t in range(T):
+                u[t] *= parts.get("decay", 1.0) ** (t + 1)
+                u[t] *= parts.get("ld", 1.0) if t >= min(LENGTHS[0][i], LENGTHS[1][i]) else 1.0
+                u[t] *= 1 / T if "norm" in parts else 1.0
+                u[t] *= parts.get("shift", 1.0) if side else 1.0
+            C = sum(a * b for a, b in zip(u, c))
+            if "alpha-div" in parts:
+                C = (1 - math.exp(-parts["alpha-div"] * C)) / parts["alpha-div"]
+            if "js" in parts:
+                C = math.log(2) + math.log(sig(C))
+            sums.append(C)
+            sides.append((p, c, T))
+        margin = BETA * (sums[0] - sums[1])
+        z = margin + parts.get("length", 0.0) * (sides[0][2] - sides[1][2])
+        z -= BETA * parts.get("dpop", 0.0) * max(0.0, -sum(sides[0][1])) + parts.get("target", 0.0)
+        value = L(z)
+        if "cdpo" in parts:
+            value = (1 - parts["cdpo"]) * L(z) + parts["cdpo"] * L(-z)
+        if "robust" in parts:
+            value = ((1 - parts["robust"]) * L(z) - parts["robust"] * L(-z)) / (1 - 2 * parts["robust"])
+        if "ipo" in parts:
+            value = (z / BETA - 1 / (2 * BETA)) ** 2
+        if "hinge" in parts:
+            value = max(0.0, 1 - z)
+        if "exo" in parts:
+            e = parts["exo"]
+            value = sig(z) * math.log(sig(z) / (1 - e)) + sig(-z) * math.log(sig(-z) / e)
+        value += parts.get("nll", 0.0) * -sum(sides[0][0]) / sides[0][2]
+        out.append((value, margin))
+    return tuple(torch.tensor(column, dtype=torch.float64) for column in zip(*out))
+
+
+def compositions():
+    rng, free = random.Random(0), [name for name in PARTS if PARTS[name].kind not in ("link", "divergence")]
+    links = [name for name in PARTS if PARTS[name].kind == "link"]
+    divergences = [name for name in PARTS if PARTS[name].kind == "divergence"]
+    three = [(rng.choice(links), rng.choice(divergences), rng.choice(free)) for _ in range(6)]
+    return [(name,) for name in PARTS] + three + [tuple(rng.sample(free, 3)) for _ in range(6)]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("words", compositions(), ids=" ".join)
+def test_parts_equal_loops_over_numbers_and_finite_differences(words, guided):
+    policy, ref, guide = models()
+    if not guided and any(PARTS[word].tgdpo_only for word in words):
+        return
+    guide = guide if guided else None
+    policy = tuple(side.requires_grad_() for side in policy)
+    found = loss(words, policy, ref, guide)
+    losses, margins = by_hand(words, policy, ref, guide)
+    torch.testing.assert_close(found.losses.detach(), losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.phi.detach(), margins, rtol=1e-10, atol=1e-12)
+    gradients = torch.autograd.grad(found.losses.sum(), policy)
+    for side in (0, 1):
+        for i, T in enumerate(LENGTHS[side]):
+            for t in range(T):
+                ends = []
+                for step in (1e-6, -1e-6):
+                    moved = [p.detach().clone() for p in policy]
+                    moved[side][i, t] += step
+                    ends.append(loss(words, moved, ref, guide).losses.sum())
+                assert float(gradients[side][i, t]) == pytest.approx(
+                    float(ends[0] - ends[1]) / 2e-6, abs=1e-6, rel=1e-5
+                )
+
+
+LIMITS = ("cdpo=0 robust=0 ld=1 decay=1 shift=1 length=0 dpop=0 target=0 nll=0 clip=1e9 select=1").split()
+
+
+@pytest.mark.parametrize("word", LIMITS)
+def test_at_its_limit_a_part_is_the_loss_bit_for_bit(word):
+    policy, ref, guide = models(torch.float32)
+    plain = tgdpo.tgdpo_loss(policy, ref, guide, BETA, ALPHA, GUIDE_BETA)
+    assert torch.equal(loss([word], policy, ref, guide).losses, plain.losses)
+    if not PARTS[word.split("=")[0]].tgdpo_only:
+        assert torch.equal(loss([word], policy, ref).losses, tgdpo.dpo_loss(policy, ref, BETA).losses)
+
+
+def test_a_tokens_gradient_is_minus_beta_u_sigma_of_minus_z():
+    policy, ref, guide = models()
+    policy = tuple(side.requires_grad_() for side in policy)
+    found = loss(["ld", "select", "target"], policy, ref, guide)
+    gradient = torch.autograd.grad(found.losses.sum(), policy)[0]
+    expected = -BETA * found.u[0] * torch.sigmoid(-(found.phi - 0.5))[:, None]
+    real = torch.arange(5) < torch.tensor(LENGTHS[0])[:, None]
+    torch.testing.assert_close(gradient[real], expected[real].detach())
+
+
+def test_alpha_divergence_stays_finite():
+    total = torch.tensor([-1e4, 0.0], requires_grad=True)
+    value = neighbours.alpha_divergence(total, 0.5)
+    value.sum().backward()
+    assert value.isfinite().all() and total.grad.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("ldd", "nearest is ld"),
+        ("ld ld=.2", "ld is given twice"),
+        ("ipo hinge", "ipo and hinge"),
+        ("js alpha-div", "js and alpha-div"),
+        ("ipo=1", "ipo=1"),
+        ("norm=", "norm="),
+        ("ld=inf", "ld=inf"),
+        ("ld=x", "ld=x"),
+        *[(f"{name}={number}", f"{name}={number}") for name, number in (
+            ("cdpo", ".5"), ("robust", "-.1"), ("exo", "0"), ("exo", ".5"), ("alpha-div", "0"), ("ld", "1.01"),
+            ("decay", "0"), ("shift", "1.1"), ("clip", "0"), ("select", "0"), ("length", "-1"), ("nll", "nan"))],
+        ("ld --loss simpo", "--loss simpo"),
+        ("clip --loss dpo", "clip"),
+        ("select --loss dpo", "select"),
+    ],
+)  # fmt: skip
+def test_refusals(words, said):
+    with pytest.raises(BadInput) as error:
+        options.resolve(["--with", *words.split()])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_config_toml_gives_the_parts_back(tmp_path):
+    chosen = options.resolve(["--with", "ld=0.5", "robust"])
+    (tmp_path / "config.toml").write_text(options.to_toml(chosen))
+    assert 'with = ["ld=0.5", "robust"]' in options.to_toml(chosen)
+    assert options.resolve(["--config", str(tmp_path / "config.toml")]).with_ == ("ld=0.5", "robust")
