@@ -68,8 +68,7 @@ except ImportError:
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
 SETTINGS = (
-    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed "
-    "max_steps"
+    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
 ).split()
 SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
@@ -501,6 +500,7 @@ def describe(options, inputs, dtype):
     return {name: getattr(options, name) for name in SETTINGS} | {
         "with": read(options.with_) or None,
         "centred guidance": options.centre_guidance or None,
+        "max steps": options.max_steps or None,
         "data": data.fingerprint(inputs.pairs),
         "evaluation data": data.fingerprint(inputs.eval_pairs),
         "chat template": inputs.tokenizer.digest,

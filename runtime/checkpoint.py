@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from files.errors import BadInput
-from runtime.disk import digests, fsync, line, put_in_place
+from runtime.disk import digests, entries, fsync, is_absent, line, put_in_place, remove, unreadable
 from runtime.failures import RunFailed
 from runtime.process_group import on_all_ranks, on_rank_0, rank_and_world
+from runtime.progress import say as tell
 
+_warned = set()  # of clean-ups that failed
 FILE_BYTES = 2**28  # what a rank writes to one file, about: a file is put together in memory first
 
 
@@ -69,7 +72,14 @@ def save(directory, step, tensors, state, keep):
 def tidy(path, keep):
     """Keeps the checkpoint at `path` and the newest others, `keep` together; deletes the rest, and what killed
     saves left. Collective."""
-    on_rank_0(lambda: _delete_others(Path(path), keep))
+
+    def delete_others():
+        try:
+            _delete_others(Path(path), keep)
+        except RunFailed as failure:  # `path` stands all the same
+            _warn_once(f"older checkpoints stay: {failure}")
+
+    on_rank_0(delete_others)
 
 
 def newest(directory, say=lambda line: None):
@@ -254,15 +264,33 @@ def _delete_others(path, keep):
 
 
 def _delete_unfinished(directory):
-    for left in directory.glob("step-*.tmp"):
-        shutil.rmtree(left)
+    for name in entries(directory):
+        if re.fullmatch(r"step-\d+\.tmp", name):
+            _remove(directory / name)
 
 
 def _delete(path):
     """Under a name that is never read, so that half of a checkpoint never stands."""
     doomed = path.with_suffix(".tmp")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    try:
+        os.rename(path, doomed)
+    except OSError as failure:
+        return _warn_once(f"{path} stays: it cannot be removed: {failure.strerror}")
+    _remove(doomed)
+
+
+def _remove(path):
+    """Removes what is no longer needed; where that fails, the run has lost nothing and goes on."""
+    try:
+        remove(path)
+    except OSError as failure:
+        _warn_once(f"{path} stays: it cannot be removed: {failure.strerror}")
+
+
+def _warn_once(text):
+    if text not in _warned:
+        _warned.add(text)
+        tell(f"warning: {text}")
 
 
 # What stands in a directory, and whether it is whole.
@@ -270,7 +298,7 @@ def _delete(path):
 
 def _standing(directory):
     """The paths of all that is not .tmp, the newest first, step-N before step-N.old."""
-    named = [(re.fullmatch(r"step-(\d+)(\.old)?", path.name), path) for path in Path(directory).glob("step-*")]
+    named = [(re.fullmatch(r"step-(\d+)(\.old)?", name), Path(directory) / name) for name in entries(directory)]
     found = sorted([(int(match[1]), match[2] is None, path) for match, path in named if match], reverse=True)
     return [path for _, _, path in found]
 
@@ -292,22 +320,37 @@ def _seal(content):
 
 
 def _content(path):
+    file = Path(path) / "state.json"
     try:
-        written = (Path(path) / "state.json").read_bytes()
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise BadInput(f"{path} is not whole: state.json is no file")  # a pipe would be read for ever
+        written = file.read_bytes()
     except OSError as reason:
-        raise BadInput(f"{path} is not whole: state.json: {reason.strerror}") from reason
+        if is_absent(reason):
+            raise BadInput(f"{path} is not whole: state.json: {reason.strerror}") from reason
+        raise unreadable(file, reason) from reason
     try:
         content = json.loads(written)
         del content["sha256"]
         if _seal(content) == written:
-            return content
-    except (ValueError, LookupError, TypeError, RecursionError):
+            state, listed = content["state"], content["files"]
+            if type(state["step"]) is int and state["step"] >= 0 and isinstance(state.get("identity", {}), dict):
+                if all(isinstance(digest["size"], int) for digest in listed.values()):
+                    return content
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # no JSON, or not what save writes
-    raise BadInput(f"{path}/state.json is damaged: its digest is not the one it holds")
+    raise BadInput(f"{path}/state.json is damaged: its digest is not the one it holds, or it is not what a save writes")
 
 
 def _check_files(path, content):
-    there = {file.name: file.stat().st_size for file in Path(path).glob("*.safetensors")}
+    there = {}
+    for name in entries(path):
+        if name.endswith(".safetensors"):
+            try:
+                there[name] = (Path(path) / name).stat().st_size
+            except OSError as reason:
+                if not is_absent(reason):  # a link to nothing counts as no file
+                    raise unreadable(Path(path) / name, reason) from reason
     listed = {name: file["size"] for name, file in content["files"].items()}
     for name in sorted(there.keys() | listed.keys()):
         if there.get(name) != listed.get(name):

@@ -62,6 +62,27 @@ def remove(path):
         os.remove(path)
 
 
+def entries(path):
+    """The names in the directory `path`, [] where there is none. Raises RunFailed where it cannot be read: what
+    cannot be read may well be whole."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError as failure:
+        if is_absent(failure):
+            return []
+        raise unreadable(path, failure) from failure
+
+
+def is_absent(failure):
+    """Whether an OSError proves that what was to be read is not there, or no file or directory as it should be."""
+    return failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def unreadable(path, failure):
+    """The RunFailed for what is there and cannot be read."""
+    return RunFailed(f"{path} cannot be read: {failure.strerror}; all is left as it is: mend that, then --resume")
+
+
 def digests(paths):
     """{file name: {"size": bytes, "sha256": hex}} of the files at `paths`, read by a few threads."""
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 
-from runtime.disk import whole
+from runtime.disk import fsync, whole
 from runtime.progress import say
 
 
@@ -24,6 +24,12 @@ class Metrics:
                 plain[name] = None
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
+
+    def sync(self):
+        """Waits until all rows are on the disk: before a checkpoint that they belong to."""
+        if not self.rank and os.path.exists(self.path):
+            fsync(self.path)
+            fsync(os.path.dirname(os.path.abspath(self.path)))
 
     def keep_until(self, stage, step):
         """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file

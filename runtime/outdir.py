@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import socket
 
 from files.errors import BadInput
 from runtime.disk import remove
+from runtime.options import SAVED
 from runtime.process_group import held, on_rank_0
 from runtime.signals import to_stderr
 
@@ -51,27 +53,55 @@ def _claim(options):
             out = os.path.abspath(os.path.join("runs", options.name))  # the name that a failure is told with
             out = _numbered(out, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
-        marked = any(os.path.lexists(os.path.join(out, name)) for name in (".lock", *RECORD))
+        if not os.path.lexists(os.path.join(out, ".lock")):
+            _refuse(out, options)  # before anything is written there
         _lock(out)
+        _refuse(out, options)
     except FileExistsError as error:
         raise BadInput(f"--out {out}: {error.filename} is a file; give a directory") from None
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
+    if marked(out):
+        for name in RESULTS:
+            remove(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
+    _claimed[out] = "used" if _found(out) else "empty" if there else "absent"
+    return out
+
+
+def _refuse(out, options):
+    """Raises BadInput where `out` holds results that this run may not go on with or remove."""
     found = _found(out)
     if found and not options.resume and not options.overwrite:
         raise BadInput(
             f"--out {out}: holds another run's results ({', '.join(found)}); "
             "give --resume, --overwrite or another directory"
         )
-    if found and options.overwrite and not marked:
+    if found and not marked(out):
         raise BadInput(
-            f"--out {out}: holds {', '.join(found)}, but nothing that tells of a run, so --overwrite "
-            "removes none of it; give another directory"
+            f"--out {out}: holds {', '.join(found)}, but nothing that tells of a run, so "
+            f"--{'overwrite' if options.overwrite else 'resume'} touches none of it; give another directory"
         )
-    for name in RESULTS:
-        remove(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
-    _claimed[out] = "used" if found else "empty" if there else "absent"
-    return out
+    if options.resume:
+        _spare(out, options, "--resume would replace")
+
+
+def marked(out):
+    """Whether `out` carries the mark of a run of ours: run.json with an identity, or config.toml with our first line.
+    Raises OSError where that cannot be read."""
+    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        with open(os.path.join(out, "run.json"), encoding="utf-8") as file:
+            if isinstance(json.load(file)["identity"], dict):
+                return True
+    return is_ours(os.path.join(out, "config.toml"))
+
+
+def is_ours(config):
+    """Whether the config.toml at `config` is there and was written by a run."""
+    try:
+        with open(config, "rb") as file:
+            return file.read(len(SAVED)) == SAVED.encode()
+    except FileNotFoundError:
+        return False
 
 
 def _found(out):
@@ -125,14 +155,21 @@ def _lock(out):
 def clear(out, options):
     """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for.
 
-    Raises BadInput where this run reads one of them."""
+    A config.toml that somebody wrote by hand stays too. Raises BadInput where this run reads one of them."""
+    for result in _spare(out, options, "--overwrite would remove"):
+        if os.path.basename(result) == "config.toml" and not is_ours(result):
+            continue
+        os.rename(result, f"{result}.tmp")  # half of a result never stands under its name
+        remove(f"{result}.tmp")
+
+
+def _spare(out, options, harm):
+    """-> the paths of the results in `out`. Raises BadInput where this run reads one of them."""
     found = [os.path.join(out, name) for name in _found(out)]
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
         if path and any(_within(path, result) for result in found):
-            raise BadInput(f"--overwrite would remove {path}, which this run reads; give another --out")
-    for result in found:
-        os.rename(result, f"{result}.tmp")  # half of a result never stands under its name
-        remove(f"{result}.tmp")
+            raise BadInput(f"{harm} {path}, which this run reads; give another --out")
+    return found
 
 
 def _within(path, result):

@@ -12,8 +12,9 @@ import torch
 
 from files.card import add_figures
 from files.errors import BadInput
-from runtime import cache, checkpoint, memory, preview
+from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
+from runtime.disk import fsync
 from runtime.losses import LOSSES
 from runtime.progress import say
 
@@ -47,7 +48,11 @@ def begin(out, options, identity, counts, plan, ranks):
         before = read_run(path)
         checkpoint.same_run(out, before["identity"], identity)
         guide = {"guide": before["guide"]} if "guide" in before else {}
-    write(os.path.join(out, "config.toml"), option_table.to_toml(options))
+    config = os.path.join(out, "config.toml")
+    if os.path.lexists(config) and not outdir.is_ours(config):
+        os.rename(config, config + ".before")  # written by hand
+        say(f"{config}: written by hand; kept as {config}.before")
+    write(config, option_table.to_toml(options))
     write(
         os.path.join(out, "dropped.jsonl"),
         "".join(json.dumps(drop, ensure_ascii=False) + "\n" for count in counts.values() for drop in count.dropped),
@@ -168,6 +173,7 @@ def write(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
+    fsync(os.path.dirname(os.path.abspath(path)))
 
 
 def _figures(loss, logps):

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from files.errors import BadInput
 from runtime import checkpoint, shards
 from runtime.failures import RunFailed
 from runtime.process_group import on_all_ranks, on_rank_0
@@ -42,6 +43,8 @@ def resume(run, training):
     tensors = training_state(training.net, training.optimiser)
     if newest:
         state = checkpoint.load(newest, tensors, run.identity | {"stage": loss})
+        if state["step"] > training.total:
+            raise BadInput(f"{newest} is damaged: it is of step {state['step']} of {training.total}; remove it")
         training.step = training.saved = state["step"]
         for moments in training.optimiser.state.values():
             moments["step"].fill_(training.step)  # AdamW's own count, for the bias correction
@@ -76,6 +79,7 @@ def save(run, training):
         "position": position * run.options.batch_size,
     }
     tensors = training_state(training.net, training.optimiser)
+    on_rank_0(run.metrics.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
     training.saved = training.step
 

@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import launcher
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import load, metrics, run, sequence, tokens_of
+from test_train import SETTINGS, load, metrics, run, sequence, tokens_of
 from tiny_world import make_checkpoint, make_pairs
 
 import model
@@ -124,3 +125,13 @@ def test_another_number_of_embeddings_is_refused(world, tmp_path, capfd):
     assert run("--out", tmp_path / "out", *words, "--centre-guidance", epochs=1) == 2
     error = capfd.readouterr().err
     assert "264 embeddings" in error and error.count("\n") == 1
+
+
+def test_two_ranks_find_the_same(world, tmp_path):
+    base, words, *_ = world
+    more = [word for name, value in {**SETTINGS, "alpha": 0.8, "epochs": 1}.items() for word in (f"--{name}", value)]
+    arguments = ["--out", tmp_path / "out", *words, "--centre-guidance", *more]
+    assert launcher.run(2, arguments, tmp_path / "log")[0] == [0, 0]
+    found, one = (load_file(next((out / "cache").glob("centre-*")))["logp"] for out in (tmp_path / "out", base / "out"))
+    torch.testing.assert_close(found, one, rtol=0, atol=1e-5)
+    assert metrics(tmp_path / "out")[-1]["loss"] == pytest.approx(metrics(base / "out")[-1]["loss"], abs=1e-5)

@@ -349,6 +349,39 @@ def test_the_last_few_are_kept(tmp_path):
     assert names(tmp_path) == ["step-10", "step-13"]
 
 
+def test_a_clean_up_that_fails_is_told_once_and_loses_nothing(tmp_path, monkeypatch, capfd):
+    (tmp_path / "step-9").write_text("a plain file")
+    save(tmp_path, 10, keep=1)
+    assert names(tmp_path) == ["step-10"]
+    plain = os.rename
+
+    def busy(path, *more):
+        if "step-10" in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        plain(path, *more)
+
+    monkeypatch.setattr(os, "rename", busy)
+    for step in (11, 12):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["step-10", "step-12"]
+    printed = capfd.readouterr()
+    assert (printed.out + printed.err).count("step-10 stays: it cannot be removed: Device or resource busy") == 1
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "3", True, None])
+def test_a_state_of_the_right_digest_and_wrong_content_is_passed_over(tmp_path, step):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    content = checkpoint._content(path)
+    content["state"]["step"] = step
+    (path / "state.json").write_bytes(checkpoint._seal(content))
+    said = []
+    assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-1" and "not what a save writes" in said[0]
+    (path / "state.json").unlink()
+    os.mkfifo(path / "state.json")
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+
+
 def test_a_stage_that_is_over_is_dropped_and_no_other(tmp_path):
     for step, stage in enumerate(("dpo", "tgdpo", "dpo")):
         save(tmp_path, step, identity={"stage": stage})

@@ -409,6 +409,13 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
         outdir.claim(wanted(out))
     process_group.stop()
     process_group.start(1, "cpu")
+    for more in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(BadInput, match="nothing that tells of a run"):
+            outdir.claim(wanted(out, **more))
+    assert not (out / ".lock").exists()  # else it would be taken for a mark next time
+    (out / "config.toml").write_text(options.SAVED)
+    with pytest.raises(BadInput, match="--resume would replace .*policy, which this run reads"):
+        outdir.claim(wanted(out, resume=True, model=str(out / "policy")))
     with pytest.raises(BadInput, match="--overwrite would remove .*policy, which this run reads"):
         outdir.clear(str(out), wanted(out, overwrite=True, model=str(out / "policy")))
     process_group.stop()

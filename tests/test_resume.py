@@ -1,5 +1,6 @@
 """A run that is stopped and resumed is, bit for bit, the run that was never stopped; and what may not be resumed."""
 
+import errno
 import json
 import os
 import shutil
@@ -406,6 +407,55 @@ def test_overwrite_removes_only_what_a_run_left(world, tmp_path, capfd):
     (out / "policy" / "thesis.txt").write_text("mine")
     assert train.main(arguments(world, out, "--overwrite")) == 2
     assert "nothing that tells of a run" in capfd.readouterr().err and (out / "policy" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("more", ["--overwrite", "--resume"])
+def test_a_strangers_folder_is_left_as_it_is(world, tmp_path, capfd, more):
+    """After a refused run too: its lock is no mark of a run. Nor is a config.toml of another program."""
+    out = tmp_path / "mine"
+    shutil.copytree(world / "start", out / "policy")
+    (out / "config.toml").write_text("title = 'mine'\n")
+    before = sorted(out.rglob("*"))
+    for given in ((), (more,), (more,)):
+        assert train.main(arguments(world, out, *given)) == 2
+        assert capfd.readouterr().err.count("\n") == 1 and sorted(out.rglob("*")) == before
+
+
+def test_a_config_written_by_hand_is_kept_beside(world, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(world / "whole", out)
+    for more in ("--resume", "--overwrite"):
+        (out / "config.toml").write_text(f"# {more}\n")
+        assert train.main(arguments(world, out, more)) == 0
+        assert (out / "config.toml.before").read_text() == f"# {more}\n"
+    assert_bit_equal(out, world / "whole")
+
+
+@pytest.mark.parametrize("what", ["state.json", "checkpoints"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(world, tmp_path, capfd, monkeypatch, what):
+    """EIO, EMFILE, EACCES: the run stops, and all checkpoints and metrics stay."""
+    out = tmp_path / "out"
+    assert run_and_stop(world, out, "tgdpo", 2) == 143
+    before = {path: path.stat().st_size for path in (*(out / "checkpoints").rglob("*"), out / "metrics.jsonl")}
+
+    def fails(plain):
+        def read(path, *more, **given):
+            if os.path.basename(path) == what:
+                raise OSError(errno.EIO, "Input/output error")
+            return plain(path, *more, **given)
+
+        return read
+
+    monkeypatch.setattr(Path, "read_bytes", fails(Path.read_bytes))
+    monkeypatch.setattr(os, "listdir", fails(os.listdir))
+    capfd.readouterr()
+    assert train.main(arguments(world, out, "--resume")) == 1
+    err = capfd.readouterr().err
+    assert "cannot be read: Input/output error; all is left as it is" in err and err.count("\n") == 1, err
+    monkeypatch.undo()
+    assert before == {path: path.stat().st_size for path in before}
+    assert train.main(arguments(world, out, "--resume")) == 0
+    assert_bit_equal(out, world / "whole")
 
 
 def test_the_run_that_was_started_last_goes_on(tmp_path, monkeypatch):
