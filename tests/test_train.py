@@ -51,8 +51,9 @@ def sequence(net, prompt, response):
     return [logits[t - 1].log_softmax(-1)[ids[t]] for t in range(len(prompt), len(ids))]
 
 
-def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=0.3):
-    """The method as paper.md tells it, pair by pair and token by token. Returns each step's loss, and the model."""
+def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=0.3, pair_loss=None):
+    """The method as paper.md tells it, pair by pair and token by token. Returns each step's loss, and the model.
+    pair_loss(policy, ref, guide), (chosen, rejected) lists of log p each, takes the formula's place."""
     policy, ref = load(start), load(start)
     guide = guide and load(guide)
     optimiser = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -72,7 +73,7 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
             optimiser.param_groups[0]["lr"] = SETTINGS["lr"] * rate
             mean = 0.0
             for pair in (pairs[i] for i in batch):
-                phi = 0.0
+                phi, logps = 0.0, []
                 for sign, response in ((+1, pair.chosen), (-1, pair.rejected)):
                     logp = sequence(policy, pair.prompt, response)
                     if loss == "simpo":
@@ -81,13 +82,18 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
                     with torch.no_grad():
                         logp_ref = sequence(ref, pair.prompt, response)
                         logp_guide = sequence(guide, pair.prompt, response) if guide else logp_ref
+                    logps.append((logp, logp_ref, logp_guide))
                     for t in range(len(response)):
                         r_hat = beta * (logp_guide[t] - logp_ref[t])
                         f = 1 + sign * alpha * r_hat if loss == "tgdpo" else 1.0
                         phi = phi + sign * beta * f * (logp[t] - logp_ref[t])
                 if loss == "simpo":
                     phi = phi - gamma
-                mean = mean + pair.weight * torch.log(1 + torch.exp(-phi)) / len(batch)
+                value = torch.log(1 + torch.exp(-phi))
+                if pair_loss:
+                    models = list(zip(*logps))
+                    value = pair_loss(*models[: 3 if guide else 2])
+                mean = mean + pair.weight * value / len(batch)
             optimiser.zero_grad()
             mean.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
