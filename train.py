@@ -184,8 +184,8 @@ def to_device(pack, device):
 
 
 def size(pair):
-    """A pair's tokens in a pack, its prompt once."""
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    """A pair's tokens in a pack: its prompt once, no response's last token."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2
 
 
 def scored(pair):
