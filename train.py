@@ -14,10 +14,11 @@ tokens, and are not in memory while the policy trains.
 
 import sys
 
-from runtime import supported
+from runtime import allocator, supported
 
 if __name__ == "__main__":
     supported.check()  # before anything is imported that another system lacks
+    allocator.prepare()  # and before torch takes memory
 
 from runtime import options as option_table
 
@@ -46,7 +47,20 @@ from files.card import model_card
 from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
-from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
+from runtime import (
+    cache,
+    checkpoint,
+    disk,
+    flops,
+    gpu,
+    memory,
+    outdir,
+    preview,
+    process_group,
+    results,
+    shards,
+    signals,
+)
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
 from runtime.metrics import Metrics
@@ -130,6 +144,7 @@ def sharded(directory, run, frozen=False):
     for number, layer in enumerate(net.model.layers):
         layer.recompute = not frozen and run.plan.recomputes(number)
         if run.plan.compile:
+            torch._dynamo.config.recompile_limit = 64  # where sizes are not told apart at once
             layer.compile()
         fully_shard(layer, **settings)
     fully_shard(net, **settings)
@@ -177,10 +192,15 @@ def rows(flat, pack):
 
 
 def to_device(pack, device):
-    """The pack with its tensors on the device."""
+    """The pack with its tensors on the device; nobody waits for the copies."""
     if device.type == "cpu":
         return pack
-    return pack._make(x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x for x in pack)
+    return pack._make(moved(x, device) if torch.is_tensor(x) else x for x in pack)
+
+
+def moved(x, device):
+    """A tensor of the CPU on the device; nobody waits for the copy."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def size(pair):
@@ -290,10 +310,10 @@ def pack_loss(stage, options, logp, pack, indices, tally):
     tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
     for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
         if frozen is not None:
-            tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
+            tensors[name] = rows(moved(torch.cat([frozen[i] for i in indices]), logp.device), pack)  # [B, T] each
     result = loss_of(stage.loss, options, tensors)
     weights = [stage.pairs[i].weight if i < len(stage.pairs) else 1.0 for i in indices]  # evaluation knows none
-    result = result._replace(losses=torch.tensor(weights, device=logp.device) * result.losses)
+    result = result._replace(losses=moved(torch.tensor(weights), logp.device) * result.losses)
     tally.add(result, tensors["lengths"])
     return result
 
@@ -541,9 +561,8 @@ def whole_run(options, ranks, out):
 
 def begin(options, ranks, out, inputs):
     """The run, laid out and written down in `out`; with --dry-run it is shown, and nothing is written."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    )
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtype = types.get(options.dtype) or gpu.compute_type(ranks.device)
     config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
@@ -573,7 +592,12 @@ def lay_out(options, ranks, config, dtype, longest):
     if ranks.world % group:
         raise BadInput(f"--hsdp {group}: {ranks.world} ranks do not divide into groups of {group}")
     room = torch.cuda.get_device_properties(ranks.device).total_memory if kind == "cuda" else 0
-    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room)
+    compiled, why_not = options.compile, gpu.why_no_compile(kind) if options.compile or kind == "cuda" else None
+    if compiled and why_not:
+        raise BadInput(f"--compile: {why_not}; install it, or leave --compile out")
+    if kind == "cuda" and compiled is None and why_not:
+        say(f"not compiled, which would be faster: {why_not}", ranks.rank)
+    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room, kind == "cuda" and not why_not)
     if options.hsdp:
         return plan, dist.init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("copies", "shards"))
     return plan, dist.init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shards",))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from runtime import container
 
-CPU_TOKENS = 4096  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run
+CPU_TOKENS = 1024  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run; more gain nothing
 CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
@@ -86,10 +86,10 @@ def parts(config, world, width, tokens, recompute, cuda, compiled):
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
-def make(config, options, shards, device_type, width, longest, room):
+def make(config, options, shards, device_type, width, longest, room, can_compile=True):
     """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU."""
     cuda = device_type == "cuda"
-    compiled = cuda if options.compile is None else options.compile
+    compiled = cuda and can_compile if options.compile is None else options.compile
     most = max(longest, options.micro_tokens or (CUDA_TOKENS if cuda else CPU_TOKENS))
     least = most if options.micro_tokens else longest
     asked = options.activation_checkpointing

@@ -213,6 +213,9 @@ def test_what_is_chosen_on_a_gpu():
     assert plan(LLAMA_8B, 8, longest=20000).micro_tokens == 20000
     assert plan(LLAMA_8B, 8, activation_checkpointing="full").recompute == "full"
     assert sum(plan(LLAMA_8B, 1, cpu_offload=True).parts.values()) < memory.SHARE * 80e9
+    config = model.parse_config(LLAMA | LLAMA_1B)
+    assert plan(LLAMA_1B, 1).compile
+    assert not memory.make(config, Options(), 1, "cuda", 2, 2400, 80e9, can_compile=False).compile
 
 
 def test_the_table_for_other_numbers_of_ranks():
