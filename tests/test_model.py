@@ -37,6 +37,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 500.0,
 }
+GEMMA2 = {  # with caps, a scale and a window that show in 40 tokens
+    "pad_token_id": None,  # of which transformers keeps the embedding as it is
+    "head_dim": 10,
+    "query_pre_attn_scalar": 3,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 7,
+    "tie_word_embeddings": True,
+}
 KINDS = {
     "llama": ("Llama", {}),
     "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
@@ -45,13 +54,16 @@ KINDS = {
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": ("Mistral", {"head_dim": 12, "sliding_window": None}),
     "window": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", GEMMA2),
 }
 
 
 def oracle(kind, directory, **save):
     """A random model of transformers, saved to the directory."""
     family, changes = KINDS[kind]
-    config = getattr(transformers, family + "Config")(**BASE | changes)
+    config = getattr(transformers, family + "Config")(**BASE | changes, attn_implementation="eager")
     torch.manual_seed(0)
     net = getattr(transformers, family + "ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -112,7 +124,7 @@ def test_llama3_rope_frequencies_by_hand():
 LENGTHS = [[(5, 7, 3)], [(1, 1, 1)], [(1, 9, 2), (12, 1, 1), (3, 4, 25), (30, 2, 8)]]
 
 
-@pytest.mark.parametrize("kind", ["llama", "window"])
+@pytest.mark.parametrize("kind", ["llama", "window", "qwen2", "qwen3", "gemma2"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_a_pack_equals_whole_sequences(kind, lengths, share_prompt, tmp_path):
@@ -247,7 +259,7 @@ RAGGED = [[1, 5, 9, 4, 8, 3, 2, 7, 6, 9, 9], [1, 7], [4], [3, 3, 3, 3, 3, 3]]
 
 @pytest.mark.parametrize("prompts", [RAGGED, [[4], [1], [7]]], ids=["ragged", "of one token"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("kind", ["llama", "window", "tied"])
+@pytest.mark.parametrize("kind", ["llama", "window", "tied", "qwen3", "gemma2"])
 def test_sampling_equals_running_all_again_each_step(kind, temperature, prompts, tmp_path):
     """With sequences longer than the window of 7, and stop tokens that end them at different steps."""
     oracle(kind, tmp_path)
