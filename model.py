@@ -173,9 +173,9 @@ def attention(
         if n == m and (window is None or window >= m) and cap is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         positions = torch.arange(m - n, m, device=q.device)[None]  # [1, n]
-    mask = causal_mask(positions, m, window)[:, None]  # [B or 1, 1, n, m]
     if cap is not None:
-        return _capped_attention(q, k, v, mask, scale, cap)
+        return _capped_attention(q, k, v, window, scale, cap, positions)
+    mask = causal_mask(positions, m, window)[:, None]  # [B or 1, 1, n, m]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
@@ -184,20 +184,21 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def _capped_attention(q, k, v, mask, scale, cap):
+def _capped_attention(q, k, v, window, scale, cap, positions):
     """attention with capped scores, which no kernel of torch computes: an explicit product for some queries at a time,
     computed again in the backward pass, so that no more than SCORES scores are in memory."""
     chunks = _equal_slices(q.shape[2], max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2])))
     explicit = functools.partial(checkpoint, _explicit_attention, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([explicit(q[:, :, c], k, v, mask[:, :, c], scale, cap) for c in chunks], dim=2)  # [B, H, n, D]
+    return torch.cat([explicit(q[:, :, c], k, v, window, scale, cap, positions[:, c]) for c in chunks], dim=2)
 
 
-def _explicit_attention(q, k, v, mask, scale, cap):
+def _explicit_attention(q, k, v, window, scale, cap, positions):
     B, H, n, D = q.shape
     K, m = k.shape[1:3]
     scores = q.reshape(B, K, H // K * n, D) @ k.mT  # a key-value head's queries one after another, [B, K, H/K · n, m]
-    scores = scores.view(B, H, n, m).to(torch.promote_types(q.dtype, torch.float32))
-    weights = soft_cap(scores * scale, cap).masked_fill(~mask, -math.inf).softmax(-1).type_as(v)  # [B, H, n, m]
+    scores = soft_cap(scores.view(B, H, n, m).to(torch.promote_types(q.dtype, torch.float32)) * scale, cap)
+    hidden = ~causal_mask(positions, m, window)[:, None]  # [B or 1, 1, n, m]
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1).type_as(v)  # [B, H, n, m]
     return (weights.view(B, K, H // K * n, m) @ v).view(B, H, n, D)
 
 
