@@ -59,8 +59,8 @@ def activation_bytes(config, width, cuda, compiled):
 
 
 def parts(config, world, width, tokens, recompute, cuda, compiled, longest):
-    """What a rank holds at its fullest while it trains on micro-batches of `tokens`, the longest pair `longest`: name ->
-    bytes. Which of four moments of the backward pass that is depends on the sizes."""
+    """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
+    of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
     V, C, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     shard = -(-(root + layers * block) // world)
