@@ -13,6 +13,7 @@ CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
 CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_tokens' budgets
+SCORES = 1 << 22  # of capped attention, alive at once: model.SCORES
 GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
 TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 
@@ -36,8 +37,8 @@ class Plan(NamedTuple):
 def parameters(config):
     """(embedding and head, one block): numbers of parameters."""
     C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = C * (2 * H + 2 * K) * D + 3 * C * config.intermediate_size + 2 * C
-    block += config.attention_bias * ((H + 2 * K) * D + C)
+    block = C * (2 * H + 2 * K) * D + 3 * C * config.intermediate_size + (4 if config.post_norms else 2) * C
+    block += config.attention_bias * (H + 2 * K) * D + config.attention_out_bias * C + config.use_qk_norm * 2 * D
     block += config.mlp_bias * (2 * config.intermediate_size + C)
     root = config.vocab_size * C * (1 if config.tie_word_embeddings else 2) + C
     return root, block
@@ -46,16 +47,20 @@ def parameters(config):
 def activation_bytes(config, width, cuda, compiled):
     """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there."""
     C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
-    norm = (2 * width if compiled else 4 + 2 * width) * C  # float32 input, normalised, and the output
-    query = (2 if cuda else 3) * config.num_attention_heads * D  # and the output, once more on CPU
-    keys = 3 * config.num_key_value_heads * D  # and values, half as many again for prompts
-    mlp = (3 if compiled else 4) * I  # gate, up, silu(gate) and their product
-    return 2 * norm + width * (query + keys + mlp)
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    normed = 4 if config.norm_offset else width
+    norm = (2 * width if compiled else 4 + normed + width) * C  # float32 input, normalised, and the output
+    norms = 2 * norm + config.post_norms * 2 * (norm - width * C)  # of a sum's part the output is not kept
+    heads = config.use_qk_norm * (width if compiled else 4 + width) * (H + K) * D
+    query = (2 if cuda or config.attn_logit_softcapping else 3) * H * D  # and the output, once more on CPU
+    keys = 3 * K * D  # and values, half as many again for prompts
+    mlp = (3 if compiled else 4) * I  # gate, up, act(gate) and their product
+    return norms + heads + width * (query + keys + mlp)
 
 
-def parts(config, world, width, tokens, recompute, cuda, compiled):
+def parts(config, world, width, tokens, recompute, cuda, compiled, longest):
     """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
-    of four moments of the backward pass that is depends on the sizes."""
+    of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
     V, C, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     shard = -(-(root + layers * block) // world)
@@ -66,9 +71,12 @@ def parts(config, world, width, tokens, recompute, cuda, compiled):
     again = 0 if recompute == "none" else kept  # computed again, a block at a time
     passed = min(layers, {"none": 2, "selective": 1, "full": 0}[recompute]) * kept  # kept by the last two
     mlp = tokens * width * (2 * config.intermediate_size + 2 * C)  # gradients within a block
+    if config.attn_logit_softcapping:
+        mlp = max(mlp, 5 * 4 * min(SCORES, config.num_attention_heads * longest**2))  # or its scores, explicit
     chunks = max(1, -(-4 * V * tokens // (CUDA_LOGITS if cuda else CPU_LOGITS)))
     chunk = 4 * V * tokens // chunks  # of logits: two in the forward pass; then also
-    logits = max(2 * chunk, chunk + chunk // 2 * (width < 4) + 4 * V * C)  # in `width`, the head's gradient
+    slope = chunk // 2 * (width < 4) + chunk * bool(config.final_logit_softcapping)  # in `width`, and the cap's own
+    logits = max(2 * chunk, chunk + slope + 4 * V * C)  # with the head's gradient
 
     summed = max(width, 4 // world)  # bytes of a gradient, or of what this rank keeps of the ranks' sum
     gathered, gradients, activations, logits = max(
@@ -101,7 +109,7 @@ def make(config, options, shards, device_type, width, longest, room, can_compile
     ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
     for tokens, recompute in tries:
-        held = parts(config, shards, width, tokens, recompute, cuda, compiled)
+        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest)
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:

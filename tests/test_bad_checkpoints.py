@@ -76,7 +76,10 @@ def shard(directory, names):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"architectures": "gone"}, "architecture None is not supported; supported are LlamaForCausalLM and Mistral"),
+        (
+            {"architectures": "gone", "model_type": "gone"},
+            "architecture None is not supported; supported are LlamaForCausalLM, Mistral",
+        ),
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture .'GPT2LMHeadModel'. is not supported"),
         ({"architectures": "LlamaForCausalLM"}, "is not supported"),
         ({"hidden_size": "gone"}, "hidden_size is missing"),

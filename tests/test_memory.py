@@ -48,7 +48,8 @@ LLAMA_1B = LLAMA_8B | {
 }
 
 
-def test_the_plan_counts_the_logits_that_are_made():
+def test_the_plan_counts_the_logits_and_scores_that_are_made():
+    assert model.SCORES == memory.SCORES
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
         assert (
             model.chunk_tokens(128256, device) * 128256 * 4
@@ -146,6 +147,8 @@ def measure_steps(tiny, path, rank):
 
 
 WEIGHTS = {"hidden_size": 384, "intermediate_size": 1024}
+OTHERS = [{"architectures": [f"{name}ForCausalLM"], "head_dim": 32} for name in ("Qwen2", "Qwen3", "Gemma2")]
+QWEN2, QWEN3, GEMMA2 = OTHERS
 VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
 
 
@@ -159,6 +162,7 @@ VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
         (1, {"num_hidden_layers": 6}, 8, "full", []),
         (1, VOCABULARY, 2, "none", []),
         (2, VOCABULARY | {"tie_word_embeddings": True}, 1, "none", []),
+        (1, GEMMA2, 8, "none", []),
     ],
 )
 def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, tiny, tmp_path):
@@ -184,7 +188,8 @@ def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, ti
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 20}]
+    "config",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 20}, *OTHERS],
 )
 def test_the_plan_counts_the_parameters(config):
     config = model.parse_config(LLAMA | config)
