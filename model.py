@@ -151,6 +151,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, pack, window=None, scale=N
     lengths_q, lengths_k = pack.cu_q.diff().tolist(), pack.cu_k.diff().tolist()
     out = []
     for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        if not len(q):  # a rejected response of one token, which predicts nothing
+            continue
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or K, n or m, D]
         out.append(attention(q, k, v, window, scale, cap)[0].transpose(0, 1))  # [n, H, D]
     return torch.cat(out)  # [N, H, D]
@@ -358,60 +360,70 @@ def random_model(config: Config, seed: int = 0, std: float = 0.02) -> CausalLM:
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """How many tokens' float32 logits are alive at once: what fits the budget, 1 GiB on CUDA and 32 MiB on CPU."""
+    """How many tokens' float32 logits are made at once: what fits the budget, 1 GiB on CUDA and 32 MiB on CPU."""
     budget = (1 << 30) if device_type == "cuda" else (32 << 20)
     return max(16, budget // (4 * vocab_size))
+
+
+KEPT = 4  # chunks of logits that stay for the backward pass, which makes the others again
 
 
 def token_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False, cap: float | None = None
 ) -> Tensor:
     """log softmax(soft_cap(hidden · weightᵀ))[target]: hidden [R, C], weight [V, C], targets [R] -> [R] in float32
-    (float64 for float64 input). Logits are float32 and live for one chunk of tokens; the backward pass computes them
-    again, but for the last chunk's, which are kept for it. Any R, 0 among them: the result is connected to hidden and
-    weight, so that every rank runs the same collectives. compiled: torch.compile makes one kernel of each pass over
-    the logits."""
-    most = chunk_tokens(weight.shape[0], weight.device.type)
-    return _TokenLogProbs.apply(hidden, weight, targets, most, compiled, cap)
+    (float64 for float64 input). Logits are float32, a chunk of tokens at a time. Any R, 0 among them: the result is
+    connected to hidden and weight, so that every rank runs the same collectives. compiled: torch.compile makes one
+    kernel of each pass over the logits."""
+    most, keep = chunk_tokens(weight.shape[0], weight.device.type), KEPT if torch.is_grad_enabled() else 0
+    return _TokenLogProbs.apply(hidden, weight, targets, most, compiled, cap, keep)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """With p = softmax(logits) and g the gradient of log p[target]: d/dlogits = g · (one-hot(target) − p). Where logits
-    are z = cap · tanh(x / cap), d/dx = (1 − (z / cap)²) · d/dz."""
+    are z = cap · tanh(x / cap), d/dx = (1 − (z / cap)²) · d/dz. At most `most` tokens a chunk; the last `keep` chunks'
+    e^(z − max z) are kept."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, most, compiled=False, cap=None):
-        ctx.chunks, (normaliser, ctx.softmax) = _equal_slices(len(targets), most), _passes(compiled)
-        ctx.cap = cap
-        logp = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))  # [R]
-        norm = torch.empty_like(logp)  # log of the softmax's denominator
-        ctx.last = None  # the last chunk's logits
-        for c in ctx.chunks:
-            ctx.last = _logits(hidden[c], weight, cap)  # [r, V]
-            norm[c] = normaliser(ctx.last)
-            logp[c] = ctx.last.gather(1, targets[c, None])[:, 0] - norm[c]
-        ctx.save_for_backward(hidden, weight, targets, norm, logp)
+    def forward(ctx, hidden, weight, targets, most, compiled=False, cap=None, keep=KEPT):
+        ctx.chunks, ctx.cap, ctx.kept = _equal_slices(len(targets), most), cap, []
+        exponentials, ctx.scaled = _passes(compiled)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp, top, total = (hidden.new_empty(len(targets), dtype=wide) for _ in range(3))  # [R]
+        for left, c in zip(range(len(ctx.chunks), 0, -1), ctx.chunks):
+            logits = _logits(hidden[c], weight, cap)  # [r, V]
+            at_target = logits.gather(1, targets[c, None])[:, 0]
+            top[c], total[c] = exponentials(logits)  # in place: e^(z − top) from here on
+            logp[c] = at_target - top[c] - total[c].log()
+            ctx.kept += [logits] if left <= keep else []
+        ctx.save_for_backward(hidden, weight, targets, logp, top, total)
         return logp
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, norm, logp = ctx.saved_tensors
+        hidden, weight, targets, logp, top, total = ctx.saved_tensors
         at_target = (grad * -torch.expm1(logp)).to(hidden.dtype)[:, None]  # g · (1 − p[target]), [R, 1]
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=norm.dtype)  # [V, C]
+            grad_weight = torch.zeros_like(weight, dtype=total.dtype)  # [V, C]
         for c in reversed(ctx.chunks):
-            logits, ctx.last = ctx.last if ctx.last is not None else _logits(hidden[c], weight, ctx.cap), None
-            bend = None if ctx.cap is None else (logits / ctx.cap).square_().neg_().add_(1)  # the cap's slope, [r, V]
-            slope = ctx.softmax(logits, norm[c], -grad[c], hidden.dtype)  # −g · p, [r, V]
+            if ctx.kept:
+                exps = ctx.kept.pop()
+            else:
+                exps = _logits(hidden[c], weight, ctx.cap).sub_(top[c, None]).exp_()  # [r, V]
+            bend = None
+            if ctx.cap is not None:  # the cap's slope, [r, V], from z = log e^(z − top) + top
+                bend = exps.log().add_(top[c, None]).clamp_(min=-ctx.cap).div_(ctx.cap).square_().neg_().add_(1)
+            slope = ctx.scaled(exps, -grad[c] / total[c], hidden.dtype)  # −g · p, [r, V]
             slope.scatter_(1, targets[c, None], at_target[c])
             if bend is not None:
                 slope.mul_(bend)
             grad_hidden[c] = slope @ weight
             if grad_weight is not None:
                 _add_product(grad_weight, slope.t(), hidden[c])
-            del logits, slope, bend  # before the next are made
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+            del exps, slope, bend  # before the next are made
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -422,18 +434,15 @@ def token_divergences(
     other_hidden: Tensor,
     other_weight: Tensor,
     other_cap: float | None,
-    compiled: bool = False,
 ) -> Tensor:
     """KL(p || q) over the whole vocabulary, p = softmax(soft_cap(hidden · weightᵀ)), q likewise of the other: hidden
-    [R, C], weight [V, C], the other's C and cap may differ -> [R], of the type of token_log_probs. Two logits instead
-    of one are alive for half as many tokens; no gradient."""
-    normaliser, _ = _passes(compiled)
+    [R, C], weight [V, C], the other's C and cap may differ -> [R], of the type of token_log_probs. Four logits instead
+    of one are alive for a quarter of the tokens; no gradient."""
     kl = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))  # [R]
-    for c in _equal_slices(len(hidden), max(1, chunk_tokens(weight.shape[0], weight.device.type) // 2)):
-        p, q = _logits(hidden[c], weight, cap), _logits(other_hidden[c], other_weight, other_cap)  # [r, V]
-        p.sub_(normaliser(p)[:, None])  # log p
-        q.sub_(normaliser(q)[:, None]).neg_().add_(p)  # log p - log q
-        kl[c] = q.mul_(p.exp_()).sum(-1)
+    for c in _equal_slices(len(hidden), max(1, chunk_tokens(weight.shape[0], weight.device.type) // 4)):
+        p = _logits(hidden[c], weight, cap).log_softmax(-1)  # [r, V]
+        q = _logits(other_hidden[c], other_weight, other_cap).log_softmax(-1)
+        kl[c] = q.neg_().add_(p).mul_(p.exp_()).sum(-1)  # p · (log p − log q)
     return kl.clamp_(min=0)  # rounding may leave a little less
 
 
@@ -480,16 +489,16 @@ def _add_product(total, a, b):
 
 @functools.cache
 def _passes(compiled):
-    """The two passes over a chunk's logits [r, V]: the log of the softmax's denominator, [r], and scale · softmax,
-    [r, V], which may overwrite them. torch.compile makes one kernel of each; without, the first goes in sixteenths, as
-    what it makes on the way is as large as what it is given."""
-    if compiled:
-        normaliser = lambda logits: logits.logsumexp(-1)
-        softmax = lambda logits, norm, scale, dtype: ((logits - norm[:, None]).exp() * scale[:, None]).to(dtype)
-        return torch.compile(normaliser, dynamic=True), torch.compile(softmax, dynamic=True)
-    normaliser = lambda logits: torch.cat([part.logsumexp(-1) for part in logits.split(-(-len(logits) // 16))])
-    softmax = lambda logits, norm, scale, dtype: logits.sub_(norm[:, None]).exp_().mul_(scale[:, None]).to(dtype)
-    return normaliser, softmax
+    """The two passes over a chunk's logits [r, V]: e^(logits − max) in place, which gives the max and the sum, [r]
+    each; and scale · that, of the type asked for, which may overwrite it. torch.compile makes one kernel of each."""
+
+    def exponentials(logits):
+        top = logits.amax(-1)
+        logits.sub_(top[:, None]).exp_()
+        return top, logits.sum(-1)
+
+    scaled = lambda exps, scale, dtype: exps.mul_(scale[:, None]).to(dtype)
+    return (torch.compile(exponentials), torch.compile(scaled)) if compiled else (exponentials, scaled)
 
 
 # --------------------------------------------------------------------------------------------------- sampling

@@ -242,7 +242,7 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
             logp = net(pack.tokens, pack).cpu()  # [R]
         else:
             both = (*net(pack.tokens, pack, states=True), *guide(pack.tokens, pack, states=True))
-            logp = model.token_divergences(*both, net.compiled).cpu()  # [R]
+            logp = model.token_divergences(*both).cpu()  # [R]
             del both
         if indices:
             mine |= zip(indices, (part.clone() for part in logp.split([scored(pairs[i]) for i in indices])))

@@ -12,7 +12,8 @@ CPU_TOKENS = 1024  # tokens of a micro-batch on CPU: fixed, so that another mach
 CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
-CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_tokens' budgets
+CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits made at once: model.chunk_tokens' budgets
+KEPT = 4  # model.KEPT
 SCORES = 1 << 22  # of capped attention, alive at once: model.SCORES
 GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
 TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
@@ -74,9 +75,9 @@ def parts(config, world, width, tokens, recompute, cuda, compiled, longest):
     if config.attn_logit_softcapping:
         mlp = max(mlp, 5 * 4 * min(SCORES, config.num_attention_heads * longest**2))  # or its scores, explicit
     chunks = max(1, -(-4 * V * tokens // (CUDA_LOGITS if cuda else CPU_LOGITS)))
-    chunk = 4 * V * tokens // chunks  # of logits: two in the forward pass; then also
+    chunk = 4 * V * tokens // chunks  # of logits; some are kept until the backward pass, which makes
     slope = chunk // 2 * (width < 4) + chunk * bool(config.final_logit_softcapping)  # in `width`, and the cap's own
-    logits = max(2 * chunk, chunk + slope + 4 * V * C)  # with the head's gradient
+    logits = min(chunks, KEPT) * chunk + slope + 4 * V * C  # and the head's gradient
 
     summed = max(width, 4 // world)  # bytes of a gradient, or of what this rank keeps of the ranks' sum
     gathered, gradients, activations, logits = max(

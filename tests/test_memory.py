@@ -50,6 +50,7 @@ LLAMA_1B = LLAMA_8B | {
 
 def test_the_plan_counts_the_logits_and_scores_that_are_made():
     assert model.SCORES == memory.SCORES
+    assert memory.KEPT == model.KEPT
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
         assert (
             model.chunk_tokens(128256, device) * 128256 * 4

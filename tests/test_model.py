@@ -200,13 +200,14 @@ def test_recomputing_changes_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("keep", [0, 1, 4])
 @pytest.mark.parametrize("most, cap", [(1, None), (4, None), (5, None), (100, None), (4, 1.5), (100, 0.5)])
-def test_token_log_probs_gradcheck(most, cap):
+def test_token_log_probs_gradcheck(most, cap, keep):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(13, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(0, 13, (10,), generator=generator)
-    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, most, False, cap)
+    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, most, False, cap, keep)
     assert torch.autograd.gradcheck(apply, (hidden, weight))
     logits = hidden @ weight.T if cap is None else cap * torch.tanh(hidden @ weight.T / cap)
     expected = logits.log_softmax(-1)[torch.arange(10), targets]
