@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,15 +141,31 @@ class _GatherKeys(torch.autograd.Function):
         return total, None, None, None, None
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, pack, window=None, scale=None, cap=None) -> Tensor:
+class Segments(NamedTuple):
+    """What attention reads of a pack (data.Pack), and nothing else: a compiled block is made anew for what it is given
+    and does not read, such as the number of pairs."""
+
+    keys: Tensor
+    first: Tensor
+    shared: Tensor
+    second: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window=None, scale=None, cap=None) -> Tensor:
     """Attention of a pack: q [N, H, D], k and v [N, K, D] -> [N, H, D]; the rest is attention's.
 
     Each pair has two segments: prompt and chosen over themselves, rejected over prompt and rejected. On CUDA in half
     precision one kernel does all segments, elsewhere and with a cap a loop does one after another."""
-    k, v = (_GatherKeys.apply(x, pack.keys, pack.first, pack.shared, pack.second) for x in (k, v))  # [M, K, D]
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and cap is None:
-        return _cuda_segments(q, k, v, pack, window, scale)
-    lengths_q, lengths_k = pack.cu_q.diff().tolist(), pack.cu_k.diff().tolist()
+    k, v = (
+        _GatherKeys.apply(x, segments.keys, segments.first, segments.shared, segments.second) for x in (k, v)
+    )  # [M, K, D]
+    if _one_kernel(q, cap):
+        return _cuda_segments(q, k, v, segments, window, scale)
+    lengths_q, lengths_k = segments.cu_q.diff().tolist(), segments.cu_k.diff().tolist()
     out = []
     for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
         if not len(q):  # a rejected response of one token, which predicts nothing
@@ -173,11 +190,13 @@ def attention(
     n, m = q.shape[2], k.shape[2]
     if positions is None:
         if n == m and (window is None or window >= m) and cap is None:
+            k, v = _alike(q, k, v)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         positions = torch.arange(m - n, m, device=q.device)[None]  # [1, n]
     if cap is not None:
         return _capped_attention(q, k, v, window, scale, cap, positions)
     mask = causal_mask(positions, m, window)[:, None]  # [B or 1, 1, n, m]
+    k, v = _alike(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
@@ -225,13 +244,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_out_bias)
         self.q_norm, self.k_norm = (RMSNorm(D, config) if config.use_qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pack, cache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, cache) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, -1)), cos, sin)  # [B, T, H, D]
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, -1)), cos, sin)  # [B, T, K, D]
         v = self.v_proj(x).view(B, T, self.kv_heads, -1)  # [B, T, K, D]
-        if pack is not None:
-            y = packed_attention(q[0], k[0], v[0], pack, *self.scores)  # [N, H, D], B = 1
+        if segments is not None:
+            y = packed_attention(q[0], k[0], v[0], segments, *self.scores)  # [N, H, D], B = 1
         else:
             q, k, v = (h.transpose(1, 2) for h in (q, k, v))  # [B, H or K, T, D]
             k, v, positions = (k, v, None) if cache is None else remember(k, v, *cache)
@@ -270,13 +289,13 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
         self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pack, cache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments, cache) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.layer, x, cos, sin, pack, cache, use_reentrant=False)
-        return self.layer(x, cos, sin, pack, cache)
+            return checkpoint(self.layer, x, cos, sin, segments, cache, use_reentrant=False)
+        return self.layer(x, cos, sin, segments, cache)
 
-    def layer(self, x: Tensor, cos: Tensor, sin: Tensor, pack, cache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), cos, sin, pack, cache)
+    def layer(self, x: Tensor, cos: Tensor, sin: Tensor, segments, cache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), cos, sin, segments, cache)
         if self.post_norms:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))  # [B, T, C]
@@ -327,9 +346,10 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(tokens)  # [B, T, C]
         if self.config.scale_embedding:
             x = x * x.new_full((), self.config.hidden_size**0.5)  # √C as x's type has it
+        segments = None if pack is None else Segments(*(getattr(pack, name) for name in Segments._fields))
         kept = [None] * len(self.model.layers) if cache is None else cache.of_layers(self.config, x)
         for layer, keys_and_values in zip(self.model.layers, kept):
-            x = layer(x, cos, sin, pack, keys_and_values)
+            x = layer(x, cos, sin, segments, keys_and_values)
         x, cap = self.model.norm(x), self.config.final_logit_softcapping
         if pack is not None:
             hidden = x[0].index_select(0, pack.predictors)  # [R, C]
@@ -462,15 +482,27 @@ def _equal_slices(count, most):
 # ------------------------------------------------------------------------------- what is there only for CUDA
 
 
-def _cuda_segments(q, k, v, pack, window):
+NAMES_GROUPS = "enable_gqa" in signature(varlen.varlen_attn).parameters  # torch 2.12 on; 2.11 takes them as they are
+
+
+def _one_kernel(q, cap):
+    """Whether _cuda_segments computes this: flash attention knows half precision and no cap."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and cap is None
+
+
+def _cuda_segments(q, k, v, segments, window, scale):
     """All segments of a pack in one kernel: q [N, H, D], k and v [M, K, D] -> [N, H, D]."""
-    grouped = {}
-    if "enable_gqa" in signature(varlen.varlen_attn).parameters:  # torch 2.12 on
-        grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [M, H, D]
-    sees = (-1 if window is None else window - 1, 0)
-    return varlen.varlen_attn(q, k, v, pack.cu_q, pack.cu_k, pack.max_q, pack.max_k, window_size=sees, **grouped)
+    more = {"enable_gqa": q.shape[1] != k.shape[1]} if NAMES_GROUPS else {}
+    more |= {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
+    return varlen.varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **more)
+
+
+def _alike(q, k, v, mask=None):
+    """k and v [B, K, m, D], on CUDA with H heads where no kernel groups them (float32, a mask): otherwise the scores of
+    all heads stay in memory for the backward pass."""
+    if q.is_cuda and k.shape[1] < q.shape[1] and (mask is not None or q.dtype == torch.float32):
+        return (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return k, v
 
 
 def _product(a, b):

@@ -561,8 +561,7 @@ def whole_run(options, ranks, out):
 
 def begin(options, ranks, out, inputs):
     """The run, laid out and written down in `out`; with --dry-run it is shown, and nothing is written."""
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = types.get(options.dtype) or gpu.compute_type(ranks.device)
+    dtype = gpu.compute_type(ranks.device, options.dtype)
     config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}

@@ -7,11 +7,16 @@ import sysconfig
 
 import torch
 
+from files.errors import BadInput
 
-def compute_type(device):
-    """bfloat16 on a GPU that computes it (Ampere and newer), else float32."""
-    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if cuda else torch.float32
+
+def compute_type(device, asked="auto"):
+    """bfloat16 on a GPU that computes it (Ampere and newer), else float32; or the type asked for. Raises BadInput."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and asked == "bfloat16":
+        raise BadInput("--dtype bfloat16: this GPU is older than Ampere and computes none; leave --dtype out")
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return named.get(asked) or (torch.bfloat16 if device.type == "cuda" and not old else torch.float32)
 
 
 def why_no_compile(device_type):

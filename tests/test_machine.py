@@ -66,6 +66,10 @@ def test_cards_before_ampere_compute_in_float32(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert gpu.compute_type(torch.device("cuda")) is dtype
     assert gpu.compute_type(torch.device("cpu")) is torch.float32
+    assert gpu.compute_type(torch.device("cpu"), "bfloat16") is torch.bfloat16
+    if dtype is torch.float32:
+        with pytest.raises(BadInput, match="--dtype bfloat16"):
+            gpu.compute_type(torch.device("cuda"), "bfloat16")
 
 
 def test_too_little_shared_memory_is_told_as_that(capsys):
