@@ -148,6 +148,12 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, pack, window=None, scale=N
     k, v = (_GatherKeys.apply(x, pack.keys, pack.first, pack.shared, pack.second) for x in (k, v))  # [M, K, D]
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and cap is None:
         return _cuda_segments(q, k, v, pack, window, scale)
+    return _one_by_one(q, k, v, pack, window, scale, cap)
+
+
+@torch.compiler.disable  # its lengths are others in every pack
+def _one_by_one(q, k, v, pack, window, scale, cap):
+    """All segments of a pack in a loop: q [N, H, D], k and v [M, K, D] -> [N, H, D]."""
     lengths_q, lengths_k = pack.cu_q.diff().tolist(), pack.cu_k.diff().tolist()
     out = []
     for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
@@ -184,6 +190,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+@torch.compiler.disable
 def _capped_attention(q, k, v, window, scale, cap, positions):
     """attention with capped scores, which no kernel of torch computes: an explicit product for some queries at a time,
     computed again in the backward pass, so that no more than SCORES scores are in memory."""

@@ -133,13 +133,14 @@ def read_fields(raw: dict, path: str) -> dict:
     head_dim = number("head_dim", hidden // heads)
     if head_dim % 2:
         raise bad(f"head_dim is {head_dim}; RoPE turns pairs, so it must be even")
-    windowed = "use_sliding_window" not in defaults or flag("use_sliding_window")
+    windowed = flag("use_sliding_window") if "use_sliding_window" in defaults else True
+    window = optional("sliding_window") if windowed else None
     first = raw.get("max_window_layers", defaults.get("max_window_layers", 0))  # the first layer that has a window
     if not isinstance(first, int) or first < 0:
         raise bad(f"max_window_layers is {first!r:.60}, where a number of layers is expected")
     types = raw.get("layer_types")
     if types is None:
-        types = [LAYER_TYPES[known.slides(layer, first)] for layer in range(layers)]
+        types = [LAYER_TYPES[window is not None and known.slides(layer, first)] for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers or not all(kind in LAYER_TYPES for kind in types):
         raise bad(
             f"layer_types must be, for each of {layers} layers, one of {', '.join(LAYER_TYPES)}; no others are "
@@ -161,7 +162,7 @@ def read_fields(raw: dict, path: str) -> dict:
         "attention_bias": flag("attention_bias"),
         "attention_out_bias": flag("attention_bias"),
         "mlp_bias": flag("mlp_bias"),
-        "sliding_window": optional("sliding_window") if windowed else None,
+        "sliding_window": window,
         "layer_types": tuple(types),
         "query_pre_attn_scalar": optional("query_pre_attn_scalar", float) or head_dim,
         "attn_logit_softcapping": optional("attn_logit_softcapping", float),
