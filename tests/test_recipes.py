@@ -85,9 +85,9 @@ def test_every_recipe_is_known():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_recipe_is_the_papers_and_fits(name):
-    """Its plan on eight GPUs of 80 GB: micro-batches that hold the longest pair, its prompt once, within their share."""
+    """Its plan on eight GPUs of 80 GB: micro-batches that hold the longest pair, within their share."""
     text, (known, raw, billions, data) = (RECIPES / f"{name}.toml").read_text(), KNOWN[name]
-    assert f"--config recipes/{name}.toml" in text and ("Ours" in text or name == "mistral-7b-instruct")
+    assert f"--config recipes/{name}.toml" in text and "Ours" in text
     found = options.resolve(["--config", str(RECIPES / f"{name}.toml")])
     assert found.model.split("/")[1] == known and found.data == (data,)
     assert {option: getattr(found, option) for option in PAPER} == PAPER
