@@ -194,9 +194,12 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 def _capped_attention(q, k, v, window, scale, cap, positions):
     """attention with capped scores, which no kernel of torch computes: an explicit product for some queries at a time,
     computed again in the backward pass, so that no more than SCORES scores are in memory."""
-    chunks = _equal_slices(q.shape[2], max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2])))
+    (B, H, n, _), m, out = q.shape, k.shape[2], []
     explicit = functools.partial(checkpoint, _explicit_attention, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([explicit(q[:, :, c], k, v, window, scale, cap, positions[:, c]) for c in chunks], dim=2)
+    for c in _equal_slices(n, max(1, SCORES // (B * H * m))):
+        seen = slice(m - n + c.stop)  # the keys up to its last query's
+        out.append(explicit(q[:, :, c], k[:, :, seen], v[:, :, seen], window, scale, cap, positions[:, c]))
+    return torch.cat(out, dim=2)  # [B, H, n, D]
 
 
 def _explicit_attention(q, k, v, window, scale, cap, positions):
