@@ -160,11 +160,16 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, window
 
     Each pair has two segments: prompt and chosen over themselves, rejected over prompt and rejected. On CUDA in half
     precision one kernel does all segments, elsewhere and with a cap a loop does one after another."""
-    k, v = (
-        _GatherKeys.apply(x, segments.keys, segments.first, segments.shared, segments.second) for x in (k, v)
-    )  # [M, K, D]
+    places = (segments.keys, segments.first, segments.shared, segments.second)
+    k, v = (_GatherKeys.apply(x, *places) for x in (k, v))  # [M, K, D]
     if _one_kernel(q, cap):
         return _cuda_segments(q, k, v, segments, window, scale)
+    return _one_by_one(q, k, v, segments, window, scale, cap)
+
+
+@torch.compiler.disable  # its lengths are others in every pack
+def _one_by_one(q, k, v, segments, window, scale, cap):
+    """All segments of a pack in a loop: q [N, H, D], k and v [M, K, D] -> [N, H, D]."""
     lengths_q, lengths_k = segments.cu_q.diff().tolist(), segments.cu_k.diff().tolist()
     out = []
     for q, k, v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
@@ -205,12 +210,16 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+@torch.compiler.disable
 def _capped_attention(q, k, v, window, scale, cap, positions):
     """attention with capped scores, which no kernel of torch computes: an explicit product for some queries at a time,
     computed again in the backward pass, so that no more than SCORES scores are in memory."""
-    chunks = _equal_slices(q.shape[2], max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2])))
+    (B, H, n, _), m, out = q.shape, k.shape[2], []
     explicit = functools.partial(checkpoint, _explicit_attention, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([explicit(q[:, :, c], k, v, window, scale, cap, positions[:, c]) for c in chunks], dim=2)
+    for c in _equal_slices(n, max(1, SCORES // (B * H * m))):
+        seen = slice(m - n + c.stop)  # the keys up to its last query's
+        out.append(explicit(q[:, :, c], k[:, :, seen], v[:, :, seen], window, scale, cap, positions[:, c]))
+    return torch.cat(out, dim=2)  # [B, H, n, D]
 
 
 def _explicit_attention(q, k, v, window, scale, cap, positions):

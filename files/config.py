@@ -12,40 +12,34 @@ class Architecture(NamedTuple):
 
     model_type: str  # its name where config.json has no list of architectures
     models: str  # those that people know it by
-    fixed: dict  # fields, whatever config.json says of them
+    fixed: dict  # fields, whatever config.json says of them; PLAIN where they are not here
     defaults: dict = {}  # what a missing field means, where it means something of its own
-    slides: Callable[[int, int], bool] = lambda layer, max_window_layers: True  # layers that a sliding_window is for
+    slides: Callable[[int, int], bool] = lambda layer, first: True  # the layers that a sliding_window is for
 
 
-QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-GEMMA = {"hidden_act": "gelu_pytorch_tanh", "norm_offset": 1, "post_norms": True, "scale_embedding": True}
-GEMMA_CAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 PLAIN = {"hidden_act": "silu", "use_qk_norm": False, "norm_offset": 0, "post_norms": False, "scale_embedding": False}
+QWEN2 = {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+QWEN3 = {"use_qk_norm": True, "mlp_bias": False}
+QWEN_SAYS = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+GEMMA2 = {"hidden_act": "gelu_pytorch_tanh", "norm_offset": 1, "post_norms": True, "scale_embedding": True}
+GEMMA2_SAYS = {"sliding_window": 4096, "tie_word_embeddings": True, "head_dim": 256}
+GEMMA2_SAYS |= {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+def late(layer, first):  # first: max_window_layers
+    return layer >= first
+
+
+def even(layer, first):
+    return layer % 2 == 0
+
 
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama", "Llama 2, 3, 3.1, 3.2, TinyLlama, SmolLM2", {"sliding_window": None}),
     "MistralForCausalLM": Architecture("mistral", "Mistral v0.1 to v0.3, Nemo", {}, {"sliding_window": 4096}),
-    "Qwen2ForCausalLM": Architecture(
-        "qwen2",
-        "Qwen2, Qwen2.5",
-        {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
-        QWEN,
-        lambda layer, max_window_layers: layer >= max_window_layers,
-    ),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3",
-        "Qwen3 (dense)",
-        {"use_qk_norm": True, "mlp_bias": False},
-        QWEN | {"head_dim": 128},
-        lambda layer, max_window_layers: layer >= max_window_layers,
-    ),
-    "Gemma2ForCausalLM": Architecture(
-        "gemma2",
-        "Gemma 2",
-        GEMMA | {"mlp_bias": False},
-        GEMMA_CAPS | {"tie_word_embeddings": True, "head_dim": 256, "sliding_window": 4096},
-        lambda layer, max_window_layers: layer % 2 == 0,
-    ),
+    "Qwen2ForCausalLM": Architecture("qwen2", "Qwen2, Qwen2.5", QWEN2, QWEN_SAYS, late),
+    "Qwen3ForCausalLM": Architecture("qwen3", "Qwen3 (dense)", QWEN3, QWEN_SAYS | {"head_dim": 128}, late),
+    "Gemma2ForCausalLM": Architecture("gemma2", "Gemma 2", GEMMA2 | {"mlp_bias": False}, GEMMA2_SAYS, even),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -60,7 +54,8 @@ def architecture(raw: dict, path: str = "config.json") -> str:
     """The architecture's name in a config.json's object. Raises BadInput where it is none of ARCHITECTURES."""
     names = raw.get("architectures")
     if names is None:
-        names = [name for name, known in ARCHITECTURES.items() if known.model_type == raw.get("model_type")] or None
+        kind = raw.get("model_type")
+        names = [name for name, known in ARCHITECTURES.items() if known.model_type == kind] or kind
     if not (isinstance(names, list) and names and isinstance(names[0], str) and names[0] in ARCHITECTURES):
         raise BadInput(
             f"{path}: the architecture {names!r:.80} is not supported; supported are {', '.join(ARCHITECTURES)}"
@@ -133,17 +128,17 @@ def read_fields(raw: dict, path: str) -> dict:
     head_dim = number("head_dim", hidden // heads)
     if head_dim % 2:
         raise bad(f"head_dim is {head_dim}; RoPE turns pairs, so it must be even")
-    windowed = "use_sliding_window" not in defaults or flag("use_sliding_window")
+    windowed = flag("use_sliding_window") if "use_sliding_window" in defaults else True
+    window = optional("sliding_window") if windowed else None
     first = raw.get("max_window_layers", defaults.get("max_window_layers", 0))  # the first layer that has a window
     if not isinstance(first, int) or first < 0:
         raise bad(f"max_window_layers is {first!r:.60}, where a number of layers is expected")
     types = raw.get("layer_types")
     if types is None:
-        types = [LAYER_TYPES[known.slides(layer, first)] for layer in range(layers)]
+        types = [LAYER_TYPES[window is not None and known.slides(layer, first)] for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers or not all(kind in LAYER_TYPES for kind in types):
         raise bad(
-            f"layer_types must be, for each of {layers} layers, one of {', '.join(LAYER_TYPES)}; no others are "
-            "supported"
+            f"layer_types is {types!r:.60}; for each of {layers} layers it may be one of {', '.join(LAYER_TYPES)}"
         )
     return {
         "vocab_size": number("vocab_size"),
@@ -161,7 +156,7 @@ def read_fields(raw: dict, path: str) -> dict:
         "attention_bias": flag("attention_bias"),
         "attention_out_bias": flag("attention_bias"),
         "mlp_bias": flag("mlp_bias"),
-        "sliding_window": optional("sliding_window") if windowed else None,
+        "sliding_window": window,
         "layer_types": tuple(types),
         "query_pre_attn_scalar": optional("query_pre_attn_scalar", float) or head_dim,
         "attn_logit_softcapping": optional("attn_logit_softcapping", float),

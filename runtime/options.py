@@ -25,6 +25,7 @@ import textwrap
 import tomllib
 import typing
 
+from files.config import ARCHITECTURES
 from files.errors import BadInput, brief
 from runtime import parts
 from runtime.losses import LOSSES
@@ -35,7 +36,8 @@ SAVED = "# Resolved options of a run, written by train.py. `python train.py --co
 LARGEST = 2**31 - 1
 GROUPS = {
     "Model": "Three models share one tokenizer: the reference (--model), the policy that starts as its copy, "
-    "and a guide. Each is a Hugging Face directory or a Hub id.",
+    "and a guide. Each is a Hugging Face directory or a Hub id, of "
+    + "; ".join(known.models for known in ARCHITECTURES.values()),
     "Data": "Preference pairs: a prompt, a chosen and a rejected answer. README.md shows a row of each form.",
     "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",

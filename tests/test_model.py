@@ -13,6 +13,7 @@ import torch
 
 import data
 import model
+from files.config import ARCHITECTURES
 from files.export import save_model
 
 transformers = pytest.importorskip("transformers")
@@ -94,6 +95,18 @@ def test_logits_equal_transformers(kind, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if kind != "llama3 rope" else 5)
 
 
+def test_gemma_in_bfloat16_and_from_nothing(tmp_path):
+    """Embeddings times √C as bfloat16 has it, which is 5.65625 and not 5.6569; norms that begin at 1 + 0."""
+    theirs, tokens, seen = oracle("gemma2", tmp_path).bfloat16(), torch.arange(101)[None], []
+    ours = model.load_model(tmp_path, torch.bfloat16)
+    ours.model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    with torch.no_grad():
+        ours(tokens)
+        assert torch.equal(seen[0], theirs(tokens, output_hidden_states=True).hidden_states[0])
+    fresh = model.random_model(model.read_config(tmp_path))
+    assert all(not p.any() for name, p in fresh.named_parameters() if "norm" in name)
+
+
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_both_spellings_of_rope_give_the_same_config(spelling, tmp_path):
     oracle("llama3 rope", tmp_path)
@@ -106,6 +119,18 @@ def test_both_spellings_of_rope_give_the_same_config(spelling, tmp_path):
     config = model.parse_config(raw)
     assert config.rope_theta == 500.0
     assert config.rope_scaling == {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+
+
+@pytest.mark.parametrize("name, known", ARCHITECTURES.items())
+def test_a_field_that_is_missing_means_what_it_means_to_transformers(name, known):
+    """A config.json of the sizes alone, without a list of architectures, and all that transformers makes of it."""
+    sizes = {field: BASE[field] for field in list(BASE)[:7]} | {"num_hidden_layers": 40}
+    theirs = getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**sizes).to_dict()
+    found = model.parse_config(sizes | {"model_type": known.model_type})
+    assert found == model.parse_config(theirs | {"architectures": [name], "model_type": "of no account"})
+    raw = sizes | {"architectures": [name], "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    theirs = getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**raw).to_dict()
+    assert model.parse_config(raw) == model.parse_config(theirs | {"architectures": [name]})
 
 
 def test_llama3_rope_frequencies_by_hand():

@@ -115,7 +115,7 @@ def same(found, expected):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_stages_are_the_papers(kind, tmp_path):
     """A guide trained by stage 1, then the policy, for all kinds of checkpoint; at length for the first four."""
-    count, longest = (10, 30) if kind in list(KINDS)[:4] else (4, 10)
+    count, longest = (10, 30) if kind in list(KINDS)[:4] else (2, 8)
     start, path = make_checkpoint(tmp_path / "start", kind), make_pairs(tmp_path / "pairs.jsonl", count, 0, longest)
     out = tmp_path / "out"
     assert run("--out", out, "--model", start, "--data", path, alpha=2) == 0
