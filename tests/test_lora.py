@@ -2,17 +2,21 @@
 weights are W + scale · B A, and peft; what a checkpoint holds, what is refused, what is exported."""
 
 import json
+import os
+import signal
 
+import launcher
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import load, metrics, plain_training, run, same, tokens_of
+from test_train import SETTINGS, load, metrics, plain_training, run, same, tokens_of
 from tiny_world import KINDS, make_checkpoint, make_pairs
 from torch import nn
 from torch.nn.utils import parametrize
 
 import data
 import model
+import train
 from runtime import lora
 
 RANK, ALPHA = 3, 12.0
@@ -206,3 +210,86 @@ def test_peft_loads_the_adapter_onto_the_base(world):
         theirs = peft.AutoPeftModelForCausalLM.from_pretrained(world / "out/adapter").eval()(tokens).logits
         assert (theirs - load(world / "out/policy")(tokens).logits).abs().max() < 1e-4
         assert (theirs - load(world / "start")(tokens).logits).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------ ranks, checkpoints, refusals
+
+
+def several_ranks(world, count, out, *more):
+    settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+    statuses, printed = launcher.run(count, [*arguments(world, out), *settings, *more], f"{out}.log")
+    assert statuses == [0] * count, printed
+
+
+@pytest.mark.parametrize("count, more", [(2, ("--activation-checkpointing", "full")), (4, ())])
+def test_any_number_of_ranks_trains_the_same_adapters(count, more, world, tmp_path):
+    """Of rank 3: one of four processes holds no row of any A."""
+    several_ranks(world, count, tmp_path / "out", *more)
+    for stage in ("dpo", "tgdpo"):
+        for a, b in zip(metrics(world / "out", stage), metrics(tmp_path / "out", stage), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"])
+    for file in ("policy/model.safetensors", "guide/model.safetensors", "adapter/adapter_model.safetensors"):
+        torch.testing.assert_close(load_file(tmp_path / "out" / file), load_file(world / "out" / file))
+
+
+def test_bfloat16_freezes_the_base_in_it_and_keeps_float32_adapters(world, tmp_path):
+    several_ranks(world, 2, tmp_path / "out", "--dtype", "bfloat16", "--loss", "dpo")
+    assert abs(metrics(tmp_path / "out")[0]["loss"] - torch.tensor(2.0).log()) < 1e-3
+    base, policy = load_file(world / "start/model.safetensors"), load_file(tmp_path / "out/policy/model.safetensors")
+    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    A, B = (adapter[f"base_model.model.{name}.{letter}.weight"] for letter in ("lora_A", "lora_B"))
+    assert A.dtype == torch.float32 and not torch.equal(A.bfloat16().float(), A)
+    W = base[f"{name}.weight"].bfloat16().float()
+    assert torch.equal(policy[f"{name}.weight"], (W + ALPHA / RANK * B @ A).bfloat16())
+
+
+def stopped(world, out, stage, step):
+    """A run that is told to stop after a step of a stage."""
+    plain, stages = train.optimiser_step, []
+
+    def stopping(run, net, optimiser, where, batch):
+        row = plain(run, net, optimiser, where, batch)
+        stages.append(where.loss)
+        if stages.count(stage) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "optimiser_step", stopping)
+        return run(*arguments(world, out), samples=1)
+
+
+def test_stopped_and_resumed_bit_for_bit_from_the_adapters_alone(world, tmp_path):
+    out = tmp_path / "out"
+    assert stopped(world, out, "tgdpo", 3) == 143
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    held = json.loads((checkpoint / "state.json").read_text())["tensors"]
+    names = {name.partition(".")[2] for name in held}
+    assert len(held) == 3 * 28 and all(name.endswith(("lora_A", "lora_B")) for name in names)
+    assert run(*arguments(world, out, "--resume"), samples=1) == 0
+    for stage in ("dpo", "tgdpo"):
+        losses = [[row["loss"] for row in metrics(directory, stage)] for directory in (out, world / "out")]
+        assert losses[0] == losses[1]
+    for file in ("policy/model.safetensors", "guide/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (out / file).read_bytes() == (world / "out" / file).read_bytes()
+
+
+def test_a_full_run_and_one_of_adapters_do_not_resume_each_other(world, tmp_path, capfd):
+    """By what run.json says, and where that is gone by what the checkpoint says. A run that begins anew in the same
+    place leaves no adapter of the old one."""
+    short = {"max_steps": 1, "loss": "dpo"}
+    for rank, other, words in (
+        (RANK, 0, "lora rank (3 there, None here)"),
+        (0, RANK, "lora rank (None there, 3 here)"),
+    ):
+        out = tmp_path / f"rank {rank}"
+        assert run(*arguments(world, out, rank=rank), **short) == 0
+        for _ in range(2):
+            assert run(*arguments(world, out, "--resume", rank=other), **short) == 2
+            assert words in capfd.readouterr().err
+            (out / "run.json").unlink(missing_ok=True)
+    out = tmp_path / f"rank {RANK}"
+    assert (out / "adapter").is_dir()
+    assert run(*arguments(world, out, "--overwrite", rank=0), **short) == 0
+    assert not (out / "adapter").exists()
