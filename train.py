@@ -439,7 +439,8 @@ def next_step(run, stage, training):
         ) from None
     training.step += 1
     taken = [stage.pairs[i] for i in batch]
-    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, training.net.config)}
+    config = training.net.config
+    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, config, options.lora_rank)}
     run.metrics.write({"stage": stage.loss, "step": training.step, "epoch": epoch + 1} | row)
     return row
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from runtime import flops
+from runtime import flops, lora
 
 CONFIG = types.SimpleNamespace(
     hidden_size=6,
@@ -56,6 +56,16 @@ def test_the_products_are_those_that_a_step_makes():
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     squares = 6 * 2 * 16 * (12**2 + 11**2 - 7**2)
     assert counted == flops.pair_flops(config, 7, 5, 4) - squares
+
+    net.requires_grad_(False)
+    lora.add(net, 3, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        net(pack.tokens, pack).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    unasked = (
+        2 * 16 * (16 * (16 + 2 * 8) + 3 * 3 * 16)
+    )  # gradients of the first block's input: nothing before it trains
+    assert counted == flops.pair_flops(config, 7, 5, 4, lora_rank=3) - squares - unasked
 
 
 @pytest.mark.parametrize(
