@@ -492,17 +492,14 @@ def load_weights(
     model: CausalLM,
     directory: str | os.PathLike,
     local: Callable[[Tensor], tuple[Tensor, int]] = lambda parameter: (parameter.data, 0),
-    beside: Collection[str] = (),
 ) -> None:
     """Fill every parameter from the checkpoint's safetensors, one tensor at a time, and check that all are finite.
 
     `local` gives this process's part of a parameter, and where in its first dimension that begins; only that part is
-    read. Strict both ways: raises BadInput for a tensor missing, extra, of another shape or type. `beside` names
-    parameters that were put beside the model's own: they stand in no checkpoint, and are left as they are."""
-    files = _checked_files(model, directory, beside)
+    read. Strict both ways: raises BadInput for a tensor missing, extra, of another shape or type."""
+    files = _checked_files(model, directory)
     for name, parameter in model.named_parameters():
-        if name not in beside:
-            weights.copy_tensor(files[name], name, *local(parameter))
+        weights.copy_tensor(files[name], name, *local(parameter))
     if model.lm_head is None and weights.HEAD in files:
         weights.check_tied(files[weights.HEAD], *local(model.head))
 
@@ -515,6 +512,6 @@ def check(directory: str | os.PathLike) -> str | os.PathLike:
     return directory
 
 
-def _checked_files(model, directory, beside=()):
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in beside}
+def _checked_files(model, directory):
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return weights.checked_files(directory, shapes, tied=model.lm_head is None)

@@ -140,7 +140,8 @@ def sharded(directory, run, frozen=False):
     fully_shard(net, **settings)
     net.compiled = run.plan.compile
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
-    on_all_ranks(lambda: model.load_weights(net, directory, local_rows, beside=lora.names(net)))
+    with lora.aside(net):
+        on_all_ranks(lambda: model.load_weights(net, directory, local_rows))
     lora.start(net, run.options.seed)
     return net
 

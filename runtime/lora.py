@@ -6,10 +6,11 @@ so that a training begins at the model itself, and its first loss is log 2. A st
 with a = √5). The base is frozen in the compute type; A and B are float32, and they alone have gradients, an optimiser's
 state and a place in checkpoints.
 
-In this order: `add` on the meta device, before fully_shard; then the base's weights are read, without `names`; `start`;
-training; `merged` and `save`. A model without adapters goes through `names`, `start` and `merged` as it is.
+In this order: `add` on the meta device, before fully_shard; `aside` while the base's weights are read; `start`;
+training; `merged` and `save`. A model without adapters goes through `aside`, `start` and `merged` as it is.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -46,8 +47,18 @@ def adapted(net):
 
 
 def names(net):
-    """The adapters' names among the parameters: no checkpoint of the base holds them."""
+    """The adapters' names among the parameters."""
     return {f"{name}.{letter}" for name in adapted(net) for letter in ("lora_A", "lora_B")}
+
+
+@contextlib.contextmanager
+def aside(net):
+    """Meanwhile the adapters are not among the parameters, as no checkpoint of the base holds them."""
+    modules = adapted(net).values()
+    taken = [(module, letter, module._parameters.pop(letter)) for module in modules for letter in ("lora_A", "lora_B")]
+    yield
+    for module, letter, parameter in taken:
+        module.register_parameter(letter, parameter)
 
 
 @torch.no_grad()
