@@ -3,6 +3,7 @@ weights are W + scale · B A, and peft; what a checkpoint holds, what is refused
 
 import json
 import os
+import pathlib
 import signal
 
 import launcher
@@ -17,9 +18,10 @@ from torch.nn.utils import parametrize
 import data
 import model
 import train
-from runtime import lora
+from runtime import lora, options
 
 RANK, ALPHA = 3, 12.0
+RECIPES = pathlib.Path(__file__).parent.parent / "recipes"
 WHOLE = lambda parameter: (parameter.data, 0)  # the local part of a parameter that is not sharded
 
 
@@ -293,3 +295,20 @@ def test_a_full_run_and_one_of_adapters_do_not_resume_each_other(world, tmp_path
     assert (out / "adapter").is_dir()
     assert run(*arguments(world, out, "--overwrite", rank=0), **short) == 0
     assert not (out / "adapter").exists()
+
+
+def test_a_dry_run_says_how_many_parameters_are_trained(world, capsys):
+    assert run(*arguments(world, world / "dry", "--dry-run")) == 0
+    net = adapted(world / "start")
+    adapters = sum(net.get_parameter(name).numel() for name in lora.names(net))
+    whole = sum(parameter.numel() for parameter in net.parameters()) - adapters
+    assert f"{adapters:,} of {whole:,} parameters are trained" in capsys.readouterr().out
+    assert run(*arguments(world, world / "dry", "--dry-run", rank=0)) == 0
+    assert f"{whole:,} of {whole:,} parameters are trained" in capsys.readouterr().out
+
+
+def test_the_recipe_is_the_papers_at_ten_times_its_learning_rate():
+    recipe, full = (options.read_toml(RECIPES / f"llama-3-8b-{name}.toml") for name in ("lora", "instruct"))
+    assert recipe.pop("lr") == pytest.approx(10 * full.pop("lr"))
+    assert (recipe.pop("lora_rank"), recipe.pop("lora_alpha"), recipe.pop("micro_tokens")) == (64, 64, 4096)
+    assert recipe == full
