@@ -47,26 +47,14 @@ from files.card import model_card
 from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
-from runtime import (
-    cache,
-    checkpoint,
-    disk,
-    flops,
-    gpu,
-    memory,
-    outdir,
-    preview,
-    process_group,
-    results,
-    shards,
-    signals,
-)
+from runtime import cache, checkpoint, disk, flops, gpu, lora, memory, outdir, preview, process_group, results, signals
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
 from runtime.metrics import Metrics
 from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Progress, say
+from runtime.shards import local_rows
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
 
@@ -130,11 +118,15 @@ class Stage(NamedTuple):
 
 def sharded(directory, run, frozen=False):
     """The model of `directory`, sharded over the ranks: meta device, fully_shard of each block and of the root, then
-    each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen."""
+    each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen; with
+    --lora-rank only adapters train."""
+    rank, alpha = (0, 0) if frozen else (run.options.lora_rank, run.options.lora_alpha)
     with torch.device("meta"):
         net = model.CausalLM(model.read_config(directory))
-    if frozen:
+    if frozen or rank:
         net.to(run.dtype).requires_grad_(False)
+    if rank:
+        lora.add(net, rank, alpha)
     offload = CPUOffloadPolicy() if run.options.cpu_offload and run.device.type == "cuda" else OffloadPolicy()
     settings = {
         "mesh": run.mesh,
@@ -150,7 +142,9 @@ def sharded(directory, run, frozen=False):
     fully_shard(net, **settings)
     net.compiled = run.plan.compile
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
-    on_all_ranks(lambda: model.load_weights(net, directory, shards.local_rows))
+    with lora.aside(net):
+        on_all_ranks(lambda: model.load_weights(net, directory, local_rows))
+    lora.start(net, run.options.seed)
     return net
 
 
@@ -163,8 +157,9 @@ def release(run):
 
 def export(run, net, directory, source, loss):
     """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    stream = ((name, shards.whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
+    shapes, adapters = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}, lora.names(net)
+    shapes = {name: shape for name, shape in shapes.items() if name not in adapters}
+    stream = lora.merged(net, run.dtype, run.rank == 0)
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
@@ -452,7 +447,8 @@ def next_step(run, stage, training):
         ) from None
     training.step += 1
     taken = [stage.pairs[i] for i in batch]
-    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, training.net.config)}
+    config = training.net.config
+    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, config, options.lora_rank)}
     run.metrics.write({"stage": stage.loss, "step": training.step, "epoch": epoch + 1} | row)
     return row
 
@@ -521,6 +517,8 @@ def describe(options, inputs, dtype):
         "with": read(options.with_) or None,
         "centred guidance": options.centre_guidance or None,
         "max steps": options.max_steps or None,
+        "lora rank": options.lora_rank or None,
+        "lora alpha": options.lora_alpha if options.lora_rank else None,
         "data": data.fingerprint(inputs.pairs),
         "evaluation data": data.fingerprint(inputs.eval_pairs),
         "chat template": inputs.tokenizer.digest,
@@ -640,6 +638,8 @@ def train_policy(run, inputs, stage):
     """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
     policy, logps = train(run, stage, inputs.source)
     export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
+    if run.options.lora_rank:
+        lora.save(policy, os.path.join(run.out, "adapter"), run.options.model)
     if logps is None:
         logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
     return logps, answer(run, policy, inputs)

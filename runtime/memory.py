@@ -45,28 +45,45 @@ def parameters(config):
     return root, block
 
 
-def activation_bytes(config, width, cuda, compiled):
-    """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there."""
+def adapters(config, rank):
+    """Parameters of one block's LoRA adapters: A [rank, in] and B [out, rank] of its seven linear layers."""
+    C, Q, K = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads)
+    Q, K = Q * config.head_dim, K * config.head_dim
+    return rank * (2 * (C + Q) + 2 * (C + K) + 3 * (C + config.intermediate_size))
+
+
+def trained(config, rank):
+    """How many parameters a training changes: all, or the adapters of a rank."""
+    if rank:
+        return config.num_hidden_layers * adapters(config, rank)
+    root, block = parameters(config)
+    return root + config.num_hidden_layers * block
+
+
+def activation_bytes(config, width, cuda, compiled, rank=0):
+    """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there. With
+    adapters of `rank`, what only gradients of frozen weights would need is not kept."""
     C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    normed = 4 if config.norm_offset else width
+    normed = 0 if rank else 4 if config.norm_offset else width
     norm = (2 * width if compiled else 4 + normed + width) * C  # float32 input, normalised, and the output
     norms = 2 * norm + config.post_norms * 2 * (norm - width * C)  # of a sum's part the output is not kept
     heads = config.use_qk_norm * (width if compiled else 4 + width) * (H + K) * D
     query = (2 if cuda or config.attn_logit_softcapping else 3) * H * D  # and the output, once more on CPU
     keys = 3 * K * D  # and values, half as many again for prompts
     mlp = (3 if compiled else 4) * I  # gate, up, act(gate) and their product
-    return norms + heads + width * (query + keys + mlp)
+    return norms + heads + width * (query + keys + mlp + 7 * rank)
 
 
-def parts(config, world, width, tokens, recompute, cuda, compiled, longest):
+def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0):
     """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
     of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
     V, C, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
-    shard = -(-(root + layers * block) // world)
-    ahead = width * block if world > 1 else 0  # the next block is fetched while one is at work
-    kept = tokens * activation_bytes(config, width, cuda, compiled)
+    shard, own = -(-trained(config, rank) // world), adapters(config, rank)
+    frozen = -(-(root + layers * block) // world) if rank else 0
+    ahead = width * (block + own) if world > 1 else 0  # the next block is fetched while one is at work
+    kept = tokens * activation_bytes(config, width, cuda, compiled, rank)
     whole = {"none": layers, "selective": layers - layers // 2, "full": 0}[recompute]  # blocks that keep all
     saved = whole * kept + tokens * ((layers - whole) * width + 4 + 3 * width) * C  # with the last norm's
     again = 0 if recompute == "none" else kept  # computed again, a block at a time
@@ -77,21 +94,22 @@ def parts(config, world, width, tokens, recompute, cuda, compiled, longest):
     chunks = max(1, -(-4 * V * tokens // (CUDA_LOGITS if cuda else CPU_LOGITS)))
     chunk = 4 * V * tokens // chunks  # of logits; some are kept until the backward pass, which makes
     slope = chunk // 2 * (width < 4) + chunk * bool(config.final_logit_softcapping)  # in `width`, and the cap's own
-    logits = min(chunks, KEPT) * chunk + slope + 4 * V * C  # and the head's gradient
+    head = 0 if rank else V * C  # whose gradient is made
+    logits = min(chunks, KEPT) * chunk + slope + 4 * head
 
     summed = max(width, 4 // world)  # bytes of a gradient, or of what this rank keeps of the ranks' sum
-    gathered, gradients, activations, logits = max(
+    moments = [
         # The head's backward pass.
         (width * root + ahead, 0, saved, logits),
         # The last block's: nothing is let go yet.
-        (width * (root + block) + ahead, width * V * C, saved + again + mlp, 0),
+        (width * (root + block + own) + ahead, width * head, saved + again + mlp, 0),
         # Late in the one before: its gradients, a third of what it kept, the last one's in the sum's buffer.
         (width * root + summed * block + ahead, width * V * C + (width + 4) * block, saved - passed + kept // 3, 0),
         # The end: the buffer of the sum for embedding and head, with their gradients or this rank's shard.
         (0, (4 + summed) * root, 0, 0),
-        key=sum,
-    )
-    held = {"weights": 4 * shard, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
+    ]
+    gathered, gradients, activations, logits = max(moments[:2] if rank else moments, key=sum)
+    held = {"weights": 4 * shard + width * frozen, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
@@ -110,7 +128,7 @@ def make(config, options, shards, device_type, width, longest, room, can_compile
     ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
     for tokens, recompute in tries:
-        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest)
+        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest, options.lora_rank)
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:

@@ -179,6 +179,14 @@ class Options:
     max_steps: int = _option(
         "Optimiser", 0, "end each stage after so many steps at most; the schedule counts with it; 0: no end", least=0
     )
+    lora_rank: int = _option(
+        "Optimiser",
+        0,
+        "train adapters of this rank on all linear layers of the blocks, the model itself frozen; they want about ten "
+        "times the --lr of full training; 0: train all",
+        least=0,
+    )
+    lora_alpha: float = _option("Optimiser", 32.0, "the adapters' scale times --lora-rank", above=0)
     batch_size: int = _option("Optimiser", 128, "pairs an optimiser step, over all ranks", least=1)
     warmup_ratio: float = _option(
         "Optimiser", 0.1, "share of the steps in which the learning rate rises", least=0, most=1
@@ -188,7 +196,9 @@ class Options:
     )
     weight_decay: float = _option("Optimiser", 0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = _option("Optimiser", 1.0, "longer gradients are scaled down to this norm", above=0)
-    seed: int = _option("Optimiser", 0, "orders the pairs; two runs with one seed are the same", least=0)
+    seed: int = _option(
+        "Optimiser", 0, "orders the pairs, draws the adapters; two runs with one seed are the same", least=0
+    )
 
     out: str | None = _option(
         "Output", None, "everything the run writes [runs/NAME, numbered so that it is new]", "DIR"

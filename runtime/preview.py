@@ -68,5 +68,7 @@ def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
         f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {total} steps of {options.batch_size} pairs"
         + (", in each of two stages" if trains_guide(options) else "")
     )
+    all_of_it, of_it = memory.trained(config, 0), memory.trained(config, options.lora_rank)
+    say(f"{of_it:,} of {all_of_it:,} parameters are trained")
     for line in memory.lines(plan, world) + memory.table(config, options, plan):
         say(line)

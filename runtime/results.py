@@ -23,20 +23,19 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     """Raises BadInput unless the disk of `out` holds what the run will write, beside what it has already.
 
     config: the model's; width: bytes of a number of the exported models."""
-    root, block = memory.parameters(config)
-    parameters = root + config.num_hidden_layers * block
+    parameters, trained = memory.trained(config, 0), memory.trained(config, options.lora_rank)
     _, steps = preview.steps(options, len(pairs))
     saves = min(options.keep + 1, -(-steps // options.save_every)) if options.save_every else 1
     models = 2 if preview.trains_guide(options) else 1
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
-    need = (3 * 4 * saves + width * models) * parameters
+    need = (3 * saves + bool(options.lora_rank)) * 4 * trained + width * models * parameters
     need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
     there = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     if (free := shutil.disk_usage(out).free) + there < need:
         raise BadInput(
             f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
-            f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, the models and the log-probs; "
+            f"{saves} checkpoints of {12 * trained / 1e9:.3f} GB, the models and the log-probs; "
             "free some, lower --keep or give another directory"
         )
 

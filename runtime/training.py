@@ -64,7 +64,9 @@ def save(run, training):
         return
     training.net.reshard()  # in an evaluation the root is gathered, and its parameters are not the optimiser's
     finite = on_all_ranks(
-        lambda: all(bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters())
+        lambda: all(
+            bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters() if p.requires_grad
+        )
     )
     if not all(finite):
         raise RunFailed(
@@ -107,9 +109,12 @@ def last_checkpoint(run):
 
 
 def training_state(net, optimiser):
-    """Name -> tensor of all that a checkpoint holds: parameters and AdamW's two moments, made where missing."""
+    """Name -> tensor of all that a checkpoint holds: the parameters that are trained and AdamW's two moments of each,
+    made where missing."""
     tensors = {}
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = optimiser.state[parameter]
         if not state:
             state |= {

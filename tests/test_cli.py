@@ -185,15 +185,16 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
     assert line.startswith(f"train.py: error: --out {out}: ")
 
 
-def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out):
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 2)])
+def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out, more):
     """What is foreseen is what is written, but for the files' headers and the report."""
     needed, usage = [10**9], collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage(0, 0, needed[-1]))
-    given = arguments(world, out, "--loss", "tgdpo", "--save-every", 1, "--keep", 3, "--epochs", 2)
+    given = arguments(world, out, "--loss", "tgdpo", "--save-every", 1, "--keep", 3, "--epochs", 2, *more)
     assert train.main(given) == 0
     checkpoints, *others = (
         sum(tensor.nbytes for path in out.glob(f"{part}/*.safetensors") for tensor in load_file(path).values())
-        for part in ("checkpoints/*", "guide", "policy", "cache")
+        for part in ("checkpoints/*", "guide", "policy", "adapter", "cache")
     )
     need = checkpoints * 4 // 3 + sum(others)  # one more while the new one is written
     monkeypatch.setattr(train, "cached_log_probs", None)  # a fault, so status 1, once there is room

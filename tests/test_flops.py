@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from runtime import flops
+from runtime import flops, lora
 
 CONFIG = types.SimpleNamespace(
     hidden_size=6,
@@ -65,6 +65,16 @@ def test_the_products_are_those_that_a_step_makes(architecture):
     body = 2 * (16 * (2 * 16 + 2 * 8) + 3 * 16 * 24)  # weights of the two blocks' products
     left_out = 3 * 2 * body * 2  # each response's last token: the formula counts it, a pack has it not
     assert counted == flops.pair_flops(config, 7, 5, 4) - squares - left_out
+
+    net.requires_grad_(False)
+    lora.add(net, 3, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        net(pack.tokens, pack).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    unasked = (
+        2 * 16 * (16 * (16 + 2 * 8) + 3 * 3 * 16)
+    )  # gradients of the first block's input: nothing before it trains
+    assert counted == flops.pair_flops(config, 7, 5, 4, lora_rank=3) - squares - unasked
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,13 @@ def sequence(net, prompt, response):
     return [logits[t - 1].log_softmax(-1)[ids[t]] for t in range(len(prompt), len(ids))]
 
 
-def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=0.3, pair_loss=None):
+def plain_training(
+    start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=0.3, pair_loss=None, adapt=lambda policy: policy
+):
     """The method as paper.md tells it, pair by pair and token by token. Returns each step's loss, and the model.
-    pair_loss(policy, ref, guide), (chosen, rejected) lists of log p each, takes the formula's place."""
-    policy, ref = load(start), load(start)
+    pair_loss(policy, ref, guide), (chosen, rejected) lists of log p each, takes the formula's place. adapt: what is
+    done to the model before it trains."""
+    policy, ref = adapt(load(start)), load(start)
     guide = guide and load(guide)
     optimiser = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     size, epochs = SETTINGS["batch-size"], SETTINGS["epochs"]
