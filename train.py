@@ -519,7 +519,7 @@ def whole_run(options, ranks, out):
         raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
     inputs = read_inputs(options)
     run = begin(options, ranks, out, inputs)
-    if options.dry_run:
+    if run is None:  # it was shown, or it is over
         return
     pairs, eval_pairs, needs = inputs.pairs, inputs.eval_pairs, LOSSES[options.loss].tensors
     ref = guide = centred = centre = guide_source = None
@@ -540,7 +540,8 @@ def whole_run(options, ranks, out):
 
 
 def begin(options, ranks, out, inputs):
-    """The run, laid out and written down in `out`; with --dry-run it is shown, and nothing is written."""
+    """The run, laid out and written down in `out`. None where nothing is to be done: with --dry-run it is shown, and
+    what --resume finds ended well with --keep 0 is said to be."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     )
@@ -555,14 +556,18 @@ def begin(options, ranks, out, inputs):
         return None
 
     def write_down():
+        identity = describe(options, inputs, dtype)
+        if options.resume and results.is_over(out, identity):
+            return None
         results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
         if options.overwrite:
             outdir.clear(out, options)
-        identity = describe(options, inputs, dtype)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
 
     identity = on_rank_0(write_down)
+    if identity is None:
+        return None
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank)
     return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, metrics, identity, beside)
 
@@ -641,6 +646,7 @@ def tell_results(run, inputs, logps, answers, guide_source):
     if report:
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
+    on_rank_0(lambda: results.end(run.out, run.options))
 
 
 def answer(run, net, inputs):

@@ -92,9 +92,8 @@ def history_of(row):
     messages = []
     turns = [] if row.get("history") in (None, "") else row["history"]
     if not isinstance(turns, list):
-        raise BadRow(
-            f"wrong type: `history` must be a list of [user, assistant] pairs, and is a {type(turns).__name__}"
-        )
+        kind = type(turns).__name__
+        raise BadRow(f"wrong type: `history` must be a list of [user, assistant] pairs, and is a {kind}; {has(row)}")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, list) or len(turn) != 2:
             raise BadRow(f"wrong type: `history[{number}]` must be a pair [user, assistant]")

@@ -201,7 +201,12 @@ class Options:
     save_every: int = _option(
         "Checkpoints", 100, "steps between checkpoints; 0: only at the end and on a signal", least=0
     )
-    keep: int = _option("Checkpoints", 2, "how many of the newest complete checkpoints stay", least=1)
+    keep: int = _option(
+        "Checkpoints",
+        2,
+        "how many of the newest complete checkpoints stay; 0: one while the run goes on, none once it has ended well",
+        least=0,
+    )
     resume: bool = _option(
         "Checkpoints", False, "go on from the newest complete checkpoint of --out, or start where there is none"
     )

@@ -3,6 +3,7 @@ answers, tokens.jsonl and the report page at its end."""
 
 import json
 import os
+import pathlib
 import platform
 import shutil
 import statistics
@@ -14,7 +15,7 @@ from files.card import add_figures
 from files.errors import BadInput
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
-from runtime.disk import fsync
+from runtime.disk import fsync, remove
 from runtime.losses import LOSSES
 from runtime.progress import say
 
@@ -26,7 +27,7 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     root, block = memory.parameters(config)
     parameters = root + config.num_hidden_layers * block
     _, steps = preview.steps(options, len(pairs))
-    saves = min(options.keep + 1, -(-steps // options.save_every)) if options.save_every else 1
+    saves = min(max(1, options.keep) + 1, -(-steps // options.save_every)) if options.save_every else 1
     models = 2 if preview.trains_guide(options) else 1
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
     need = (3 * 4 * saves + width * models) * parameters
@@ -78,6 +79,32 @@ def begin(out, options, identity, counts, plan, ranks):
             say("  " + line)
     for line in preview.counts_lines(counts) + memory.lines(plan, ranks.world):
         say(line)
+
+
+def is_over(out, identity):
+    """Whether the run in `out` has ended well with --keep 0, so that --resume has nothing to do, which is said. Raises
+    BadInput where that was another run."""
+    checkpoints = os.path.join(out, "checkpoints")
+    if not os.path.exists(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
+        return False
+    checkpoint.same_run(out, read_run(os.path.join(out, "run.json"))["identity"], identity)
+    say(f"the run in {out} is finished, and --keep 0 left no checkpoint: nothing to resume; --overwrite starts it anew")
+    return True
+
+
+def end(out, options):
+    """The run has ended well. With --keep 0 a mark takes the place of its checkpoints, else they are told of."""
+    checkpoints = os.path.join(out, "checkpoints")
+    if not options.keep:
+        write(os.path.join(checkpoints, "finished"), "The run has ended well; --keep 0 left no checkpoint.\n")
+        for name in os.listdir(checkpoints):
+            if name != "finished":
+                remove(os.path.join(checkpoints, name))
+    elif size := sum(file.stat().st_size for file in pathlib.Path(checkpoints).rglob("*") if file.is_file()):
+        say(
+            f"{checkpoints}: {size / 1e9:.3f} GB that the models do not need; --resume makes the answers and the page "
+            "anew from it (other --samples, --report-pairs); remove it, or give --keep 0"
+        )
 
 
 def has_guide(out):

@@ -183,6 +183,8 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
         out=out,
     )
     assert line.startswith(f"train.py: error: --out {out}: ")
+    given = arguments(world, out, "--save-every", 1, "--keep", 0)  # the new one before the old one goes
+    refused(capfd, given, "2 checkpoints", out=out)
 
 
 def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out):
@@ -376,6 +378,20 @@ def test_what_strangers_wrote_is_shown_not_sent(world, capfd, tmp_path, out):
 def test_fractions_held_back(world, capfd, tmp_path, fraction, kept, held, out):
     assert train.main(arguments(world, out, "--dry-run", "--eval-fraction", fraction)) == 0
     assert f"{kept} pairs to train on, {held} to evaluate on" in capfd.readouterr().out
+
+
+def test_columns_limit_and_max_steps_reach_the_plan(world, capfd, tmp_path, out):
+    """The weight is asked of no evaluation row, and --limit takes no evaluation pair away."""
+    train_rows = [{"q": "Hi", "a": f"yes {i}", "b": "no", "w": 2} for i in range(9)]
+    files = [tmp_path / "train.jsonl", tmp_path / "eval.jsonl"]
+    for path, name in zip(files, ("", "w")):
+        lines = [json.dumps({key: value for key, value in row.items() if key != name}) for row in train_rows]
+        path.write_text("\n".join(lines))
+    columns = ["--columns", "prompt=q", "chosen=a", "rejected=b", "weight=w"]
+    given = ["--data", files[0], "--eval-data", files[1], *columns, "--limit", 5, "--max-steps", 1, "--dry-run"]
+    assert train.main(arguments(world, out, *given)) == 0
+    told = capfd.readouterr().out
+    assert "5 pairs to train on, 9 to evaluate on; 1 steps of 4 pairs" in told
 
 
 def test_fewer_pairs_than_a_batch_and_than_ranks(world, capfd, tmp_path, out):
