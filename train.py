@@ -449,16 +449,29 @@ def evaluate(run, stage, training):
 # ------------------------------------------------------------------------------------------------- the inputs
 
 
-def found_model(name):
+def found_model(name, weights=True):
     """The directory of a model's name or Hub id. Rank 0 fetches it and checks its configuration and its tensors' names
-    and shapes, then the other ranks find it, or fetch it, on the machine that they are on."""
-    on_rank_0(lambda: model.check(hub.model_directory(name)))
-    return on_all_ranks(lambda: hub.model_directory(name), patient=True)[dist.get_rank()]
+    and shapes, then the other ranks find it, or fetch it, on the machine that they are on. weights: False for a look at
+    the plan, which needs none: of a Hub id they are not fetched, and a directory may lack them."""
+
+    def check():
+        directory = hub.model_directory(name, weights)
+        local = os.path.isdir(name)
+        if weights or local and any(file.endswith((".safetensors", ".bin")) for file in os.listdir(directory)):
+            model.check(directory)
+        else:
+            model.read_config(directory)
+            say(f"{name}: " + ("has no weights; the plan needs none" if local else "its weights are not fetched"))
+
+    on_rank_0(check)
+    return on_all_ranks(lambda: hub.model_directory(name, weights), patient=True)[dist.get_rank()]
 
 
 def read_inputs(options):
     """Models, tokenizer and pairs, found, checked and read by rank 0 for all."""
-    source, guide = (found_model(name) if name else None for name in (options.model, options.guide))
+    source, guide = (
+        found_model(name, not options.dry_run) if name else None for name in (options.model, options.guide)
+    )
     tokenizer = on_all_ranks(lambda: load_tokenizer(source, options.chat_template), patient=True)[dist.get_rank()]
 
     def read():
