@@ -24,6 +24,7 @@ from runtime import options as option_table
 if __name__ == "__main__":
     option_table.answer_early(sys.argv[1:])  # --help and a mistyped option need no torch
 
+import dataclasses
 import gc
 import os
 import shlex
@@ -47,6 +48,7 @@ from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
+from runtime import sinks as sink_files
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
 from runtime.metrics import Metrics
@@ -86,8 +88,10 @@ class Run(NamedTuple):
     plan: memory.Plan  # micro_tokens, activation checkpointing, compile
     signals: signals.Signals
     metrics: Metrics
+    samples: Metrics
     identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
     beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
+    tokenizer: ChatTokenizer
 
 
 class Inputs(NamedTuple):
@@ -402,7 +406,10 @@ def train(run, stage, directory):
     while True:
         if stage.eval_pairs and due(training, options.eval_every):
             final = evaluate(run, stage, training)
-        if training.step == training.total:
+        over = training.step == training.total
+        if options.sample_every and due(training, options.sample_every) and not (over and stage.loss == options.loss):
+            sample(run, stage, training)  # the policy's last answers come after its export
+        if over:
             break
         row = next_step(run, stage, training)
         bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
@@ -435,6 +442,18 @@ def next_step(run, stage, training):
     row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, training.net.config)}
     run.metrics.write({"stage": stage.loss, "step": training.step, "epoch": epoch + 1} | row)
     return row
+
+
+def sample(run, stage, training):
+    """Write down what the model on its way answers."""
+    answers = answer(run, training.net, stage, lambda run: heed(run, training))
+    write_samples(run, stage.loss, training.step, answers)
+
+
+def write_samples(run, loss, step, answers):
+    """A line an answer, numbered from 1."""
+    for number, (prompt, text) in enumerate(answers, 1):
+        run.samples.write({"stage": loss, "step": step, "sample": number, "prompt": prompt, "answer": text})
 
 
 def evaluate(run, stage, training):
@@ -530,6 +549,7 @@ def whole_run(options, ranks, out):
     """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
     if options.with_ and not neighbours:
         raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
+    on_rank_0(lambda: sink_files.check(options.log_to))
     inputs = read_inputs(options)
     run = begin(options, ranks, out, inputs)
     if run is None:  # it was shown, or it is over
@@ -581,8 +601,11 @@ def begin(options, ranks, out, inputs):
     identity = on_rank_0(write_down)
     if identity is None:
         return None
-    metrics = Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank)
-    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, metrics, identity, beside)
+    sinks = sink_files.Sinks(out, options.log_to)
+    process_group.held.callback(sinks.close)
+    on_rank_0(lambda: sinks.open(dataclasses.asdict(options)))
+    logs = [Metrics(os.path.join(out, name), ranks.rank, sinks) for name in ("metrics.jsonl", "samples.jsonl")]
+    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, *logs, identity, beside, inputs.tokenizer)
 
 
 def lay_out(options, ranks, config, dtype, longest):
@@ -637,7 +660,9 @@ def train_policy(run, inputs, stage):
     export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
     if logps is None:
         logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
-    return logps, answer(run, policy, inputs)
+    answers = answer(run, policy, inputs)
+    write_samples(run, stage.loss, preview.steps(run.options, len(stage.pairs))[1], answers)
+    return logps, answers
 
 
 def tell_results(run, inputs, logps, answers, guide_source):
@@ -662,9 +687,15 @@ def tell_results(run, inputs, logps, answers, guide_source):
     on_rank_0(lambda: results.end(run.out, run.options))
 
 
-def answer(run, net, inputs):
-    """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text."""
-    tokenizer, pairs = inputs.tokenizer, inputs.eval_pairs or inputs.pairs
+def after_export(run):
+    """Follow a signal where all that counts is done."""
+    stop_if_told(run, state="the policy is exported, the answers are not done")
+
+
+def answer(run, net, inputs, heed=after_export):
+    """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text. inputs: what has
+    pairs and eval_pairs. heed: called with the run after each pack of prompts, to follow signals."""
+    tokenizer, pairs = run.tokenizer, inputs.eval_pairs or inputs.pairs
     prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[: run.options.samples]
     widest = max(map(len, prompts), default=0) + run.options.sample_tokens
     several, answers = max(1, run.plan.micro_tokens_forward // widest), []  # prompts at a time
@@ -676,7 +707,7 @@ def answer(run, net, inputs):
             (tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
             for prompt, ids in zip(asked, new)
         ]
-        stop_if_told(run, state="the policy is exported, the answers are not done")
+        heed(run)
     net.reshard()
     return answers
 
