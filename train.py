@@ -565,6 +565,7 @@ def whole_run(options, ranks, out):
             models = {"digest": run.identity["model"], "guide": guide_source}
             centre = cached_log_probs(run, "centre", inputs.source, pairs + eval_pairs, **models)
             centred = list(map(tgdpo.centred_guide, guide, centre))
+        say_guide(run, pairs, ref, guide)
         if options.alpha is not None and "clip" not in read(options.with_):
             say_alpha(run, pairs, ref, centred)
     policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, centred))
@@ -631,6 +632,18 @@ def train_guide(run, inputs, ref):
     run.identity["guide"] = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
     on_rank_0(lambda: checkpoint.drop_stage(checkpoints_of(run), "dpo"))
     return directory
+
+
+def say_guide(run, pairs, ref, guide):
+    """Warn where the guide ranks the training pairs worse than chance. Collective."""
+    right = figures(run, Stage("dpo", [], pairs, ref, None), guide[: len(pairs)])["dpo_accuracy"]
+    if right < 0.5:
+        say(
+            f"warning: the guide prefers the chosen response on {right:.1%} of the training pairs, worse than chance: "
+            "it pulls against their labels; look whether chosen and rejected are the right way round, at --guide, or "
+            "at stage 1's --lr and --epochs",
+            run.rank,
+        )
 
 
 def say_alpha(run, pairs, ref, guide):

@@ -154,6 +154,11 @@ def finish(out, options, tokenizer, pairs, judged, answers):
     say(f"\n{len(pairs)} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
     for row in table:
         say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(*row.values()))
+    if falls := [row["model"] for row in table if row.get("logratio_chosen", 0) < 0]:
+        say(
+            f"  note: {' and '.join(falls)} find the chosen responses, too, less likely than the reference does: "
+            "usual, and to be watched (README.md, When the chosen falls)"
+        )
     samples = [
         {"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
         for i, (prompt, _) in enumerate(answers["policy"])
