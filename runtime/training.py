@@ -52,7 +52,7 @@ def resume(run, training):
             checkpoint.set_random_state(state["random"][run.rank])
         say(f"{loss}: resumed from {newest}: step {training.step} of {training.total}", run.rank)
         if training.step == training.total:
-            checkpoint.tidy(newest, max(1, options.keep))  # else the next save does it
+            checkpoint.tidy(newest, options.keep)  # else the next save does it
     elif options.resume:
         say(f"{loss}: nothing complete to resume from: starting from the beginning", run.rank)
     for log in (run.metrics, run.samples):
@@ -82,7 +82,7 @@ def save(run, training):
     tensors = training_state(training.net, training.optimiser)
     for log in (run.metrics, run.samples):
         on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
-    checkpoint.save(checkpoints_of(run), training.step, tensors, state, max(1, run.options.keep))
+    checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
     training.saved = training.step
 
 

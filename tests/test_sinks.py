@@ -34,8 +34,8 @@ def lines(path):
     return [json.loads(line) for line in open(path)]
 
 
-def test_samples_come_every_so_many_steps_and_change_nothing(world, tmp_path):
-    """Two stages of four steps; the same after a stop and a resume."""
+def test_samples_come_every_so_many_steps_and_change_nothing(world, tmp_path, monkeypatch):
+    """Two stages of four steps; the same after a kill, a stop and their resumes."""
     plain, out, stopped = tmp_path / "plain", tmp_path / "out", tmp_path / "stopped"
     assert train.main(arguments(world, plain)) == 0
     given = ["--sample-every", 3]
@@ -50,18 +50,21 @@ def test_samples_come_every_so_many_steps_and_change_nothing(world, tmp_path):
     ours, theirs = (load_file(directory / "policy/model.safetensors") for directory in (out, plain))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
-    plain_sample = train.sample
-
-    def sample_and_stop(run, stage, training):
+    def killed(run, stage, training):
         if (stage.loss, training.step) == ("tgdpo", 3):
-            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("killed")  # behind the checkpoint and the samples of step 3
+        return plain_step(run, stage, training)
+
+    def signalled(run, stage, training):
+        os.kill(os.getpid(), signal.SIGTERM)
         plain_sample(run, stage, training)
 
-    train.sample = sample_and_stop
-    try:
-        assert train.main(arguments(world, stopped, *given)) == 143
-    finally:
-        train.sample = plain_sample
+    plain_step, plain_sample, given = train.next_step, train.sample, [*given, "--save-every", 3]
+    monkeypatch.setattr(train, "next_step", killed)
+    assert train.main(arguments(world, stopped, *given)) == 1
+    monkeypatch.setattr(train, "sample", signalled)
+    assert train.main(arguments(world, stopped, *given, "--resume")) == 143
+    monkeypatch.undo()
     assert train.main(arguments(world, stopped, *given, "--resume")) == 0
     assert lines(stopped / "samples.jsonl") == rows
 
