@@ -25,6 +25,7 @@ from runtime import options as option_table
 if __name__ == "__main__":
     option_table.answer_early(sys.argv[1:])  # --help and a mistyped option need no torch
 
+import dataclasses
 import gc
 import os
 import shlex
@@ -48,6 +49,7 @@ from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime import cache, checkpoint, disk, flops, gpu, lora, memory, outdir, preview, process_group, results, signals
+from runtime import sinks as sink_files
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
 from runtime.metrics import Metrics
@@ -88,8 +90,10 @@ class Run(NamedTuple):
     plan: memory.Plan  # micro_tokens, activation checkpointing, compile
     signals: signals.Signals
     metrics: Metrics
+    samples: Metrics
     identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
     beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
+    tokenizer: ChatTokenizer
 
 
 class Inputs(NamedTuple):
@@ -417,7 +421,10 @@ def train(run, stage, directory):
     while True:
         if stage.eval_pairs and due(training, options.eval_every):
             final = evaluate(run, stage, training)
-        if training.step == training.total:
+        over = training.step == training.total
+        if options.sample_every and due(training, options.sample_every) and not (over and stage.loss == options.loss):
+            sample(run, stage, training)  # the policy's last answers come after its export
+        if over:
             break
         row = next_step(run, stage, training)
         bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
@@ -453,6 +460,18 @@ def next_step(run, stage, training):
     return row
 
 
+def sample(run, stage, training):
+    """Write down what the model on its way answers."""
+    answers = answer(run, training.net, stage, lambda run: heed(run, training))
+    write_samples(run, stage.loss, training.step, answers)
+
+
+def write_samples(run, loss, step, answers):
+    """A line an answer, numbered from 1."""
+    for number, (prompt, text) in enumerate(answers, 1):
+        run.samples.write({"stage": loss, "step": step, "sample": number, "prompt": prompt, "answer": text})
+
+
 def evaluate(run, stage, training):
     """Write the figures of the stage's evaluation pairs down. Returns their log-probs, as log_probs gives them."""
     began = time.perf_counter()
@@ -465,16 +484,29 @@ def evaluate(run, stage, training):
 # ------------------------------------------------------------------------------------------------- the inputs
 
 
-def found_model(name):
+def found_model(name, weights=True):
     """The directory of a model's name or Hub id. Rank 0 fetches it and checks its configuration and its tensors' names
-    and shapes, then the other ranks find it, or fetch it, on the machine that they are on."""
-    on_rank_0(lambda: model.check(hub.model_directory(name)))
-    return on_all_ranks(lambda: hub.model_directory(name), patient=True)[dist.get_rank()]
+    and shapes, then the other ranks find it, or fetch it, on the machine that they are on. weights: False for a look at
+    the plan, which needs none: of a Hub id they are not fetched, and a directory may lack them."""
+
+    def check():
+        directory = hub.model_directory(name, weights)
+        local = os.path.isdir(name)
+        if weights or local and any(file.endswith((".safetensors", ".bin")) for file in os.listdir(directory)):
+            model.check(directory)
+        else:
+            model.read_config(directory)
+            say(f"{name}: " + ("has no weights; the plan needs none" if local else "its weights are not fetched"))
+
+    on_rank_0(check)
+    return on_all_ranks(lambda: hub.model_directory(name, weights), patient=True)[dist.get_rank()]
 
 
 def read_inputs(options):
     """Models, tokenizer and pairs, found, checked and read by rank 0 for all."""
-    source, guide = (found_model(name) if name else None for name in (options.model, options.guide))
+    source, guide = (
+        found_model(name, not options.dry_run) if name else None for name in (options.model, options.guide)
+    )
     tokenizer = on_all_ranks(lambda: load_tokenizer(source, options.chat_template), patient=True)[dist.get_rank()]
 
     def read():
@@ -535,9 +567,10 @@ def whole_run(options, ranks, out):
     """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
     if options.with_ and not neighbours:
         raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
+    on_rank_0(lambda: sink_files.check(options.log_to))
     inputs = read_inputs(options)
     run = begin(options, ranks, out, inputs)
-    if options.dry_run:
+    if run is None:  # it was shown, or it is over
         return
     pairs, eval_pairs, needs = inputs.pairs, inputs.eval_pairs, LOSSES[options.loss].tensors
     ref = guide = centred = centre = guide_source = None
@@ -550,6 +583,7 @@ def whole_run(options, ranks, out):
             models = {"digest": run.identity["model"], "guide": guide_source}
             centre = cached_log_probs(run, "centre", inputs.source, pairs + eval_pairs, **models)
             centred = list(map(tgdpo.centred_guide, guide, centre))
+        say_guide(run, pairs, ref, guide)
         if options.alpha is not None and "clip" not in read(options.with_):
             say_alpha(run, pairs, ref, centred)
     policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, centred))
@@ -558,7 +592,8 @@ def whole_run(options, ranks, out):
 
 
 def begin(options, ranks, out, inputs):
-    """The run, laid out and written down in `out`; with --dry-run it is shown, and nothing is written."""
+    """The run, laid out and written down in `out`. None where nothing is to be done: with --dry-run it is shown, and
+    what --resume finds ended well with --keep 0 is said to be."""
     dtype = gpu.compute_type(ranks.device, options.dtype)
     config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
@@ -571,16 +606,23 @@ def begin(options, ranks, out, inputs):
         return None
 
     def write_down():
+        identity = describe(options, inputs, dtype)
+        if options.resume and results.is_over(out, identity):
+            return None
         results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
         if options.overwrite:
             outdir.clear(out, options)
-        identity = describe(options, inputs, dtype)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
 
     identity = on_rank_0(write_down)
-    metrics = Metrics(os.path.join(out, "metrics.jsonl"), ranks.rank)
-    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, metrics, identity, beside)
+    if identity is None:
+        return None
+    sinks = sink_files.Sinks(out, options.log_to)
+    process_group.held.callback(sinks.close)
+    on_rank_0(lambda: sinks.open(dataclasses.asdict(options)))
+    logs = [Metrics(os.path.join(out, name), ranks.rank, sinks) for name in ("metrics.jsonl", "samples.jsonl")]
+    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, *logs, identity, beside, inputs.tokenizer)
 
 
 def lay_out(options, ranks, config, dtype, longest):
@@ -613,6 +655,18 @@ def train_guide(run, inputs, ref):
     return directory
 
 
+def say_guide(run, pairs, ref, guide):
+    """Warn where the guide ranks the training pairs worse than chance. Collective."""
+    right = figures(run, Stage("dpo", [], pairs, ref, None), guide[: len(pairs)])["dpo_accuracy"]
+    if right < 0.5:
+        say(
+            f"warning: the guide prefers the chosen response on {right:.1%} of the training pairs, worse than chance: "
+            "it pulls against their labels; look whether chosen and rejected are the right way round, at --guide, or "
+            "at stage 1's --lr and --epochs",
+            run.rank,
+        )
+
+
 def say_alpha(run, pairs, ref, guide):
     """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
     lengths = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))]
@@ -642,7 +696,9 @@ def train_policy(run, inputs, stage):
         lora.save(policy, os.path.join(run.out, "adapter"), run.options.model)
     if logps is None:
         logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
-    return logps, answer(run, policy, inputs)
+    answers = answer(run, policy, inputs)
+    write_samples(run, stage.loss, preview.steps(run.options, len(stage.pairs))[1], answers)
+    return logps, answers
 
 
 def tell_results(run, inputs, logps, answers, guide_source):
@@ -664,11 +720,18 @@ def tell_results(run, inputs, logps, answers, guide_source):
     if report:
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
+    on_rank_0(lambda: results.end(run.out, run.options))
 
 
-def answer(run, net, inputs):
-    """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text."""
-    tokenizer, pairs = inputs.tokenizer, inputs.eval_pairs or inputs.pairs
+def after_export(run):
+    """Follow a signal where all that counts is done."""
+    stop_if_told(run, state="the policy is exported, the answers are not done")
+
+
+def answer(run, net, inputs, heed=after_export):
+    """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text. inputs: what has
+    pairs and eval_pairs. heed: called with the run after each pack of prompts, to follow signals."""
+    tokenizer, pairs = run.tokenizer, inputs.eval_pairs or inputs.pairs
     prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[: run.options.samples]
     widest = max(map(len, prompts), default=0) + run.options.sample_tokens
     several, answers = max(1, run.plan.micro_tokens_forward // widest), []  # prompts at a time
@@ -680,7 +743,7 @@ def answer(run, net, inputs):
             (tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
             for prompt, ids in zip(asked, new)
         ]
-        stop_if_told(run, state="the policy is exported, the answers are not done")
+        heed(run)
     net.reshard()
     return answers
 

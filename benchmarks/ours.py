@@ -59,7 +59,20 @@ def a_run(directory, pairs, device="cpu", **options):
         plan, mesh = trainer.lay_out(options, ranks, model.read_config(directory), dtype, longest)
         with tempfile.TemporaryDirectory() as out:
             yield trainer.Run(
-                options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals, None, {}, ()
+                options,
+                out,
+                ranks.rank,
+                ranks.world,
+                ranks.device,
+                mesh,
+                dtype,
+                plan,
+                ranks.signals,
+                None,
+                None,
+                {},
+                (),
+                None,
             )
     finally:
         process_group.stop()

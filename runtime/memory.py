@@ -151,14 +151,26 @@ def lines(plan, world):
 
 
 def warnings(plan, ranks):
-    """On CPU, where nothing else tells: a line if the plan of `ranks` is more than this machine has for them."""
-    need, available = ranks * sum(plan.parts.values()), container.memory()
-    if plan.room or need <= available:
+    """A line if the plan is more than a GPU has, or on CPU, where nothing else tells, more than this machine has for
+    its `ranks`."""
+    rank = sum(plan.parts.values())
+    if plan.room:
+        mend = "; take more ranks, --cpu-offload, a smaller --micro-tokens or --max-length, or a smaller model"
+        return [f"warning: the plan of a rank {fit(rank, plan.room)}{mend}"] if rank > plan.room else []
+    need, available = ranks * rank, container.memory()
+    if need <= available:
         return []
     return [
         f"warning: the plan needs {need / 1e9:.1f} GB, this machine (or its container) has {available / 1e9:.1f} GB, "
         "and a run that takes more is killed without a word: give a smaller --micro-tokens or a smaller model"
     ]
+
+
+def fit(need, room):
+    """What is to be said of a plan of so many bytes for a GPU of `room`: "" where it fits with some to spare."""
+    if need > room:
+        return f"does not fit: {need / 1e9:.0f} GB of {room / 1e9:.0f}"
+    return f"tight: more than {SHARE:.0%} of {room / 1e9:.0f} GB" if need > SHARE * room else ""
 
 
 def table(config, options, plan):
@@ -171,9 +183,7 @@ def table(config, options, plan):
     for ranks in TABLE:
         other = make(config, options, ranks, "cuda", width, plan.longest, room)
         held = other.parts.values()
-        lines.append(
-            f"  {ranks:>7}{sum(list(held)[:3]) / 1e9:>29.1f} GB{sum(held) / 1e9:>8.1f} GB"
-            f"{other.micro_tokens:>14}   {other.recompute}"
-            + (f", more than {SHARE:.0%}" if sum(held) > SHARE * room else "")
-        )
+        words = ", ".join(filter(None, (other.recompute, fit(sum(held), room))))
+        sizes = f"{sum(list(held)[:3]) / 1e9:>29.1f} GB{sum(held) / 1e9:>8.1f} GB"
+        lines.append(f"  {ranks:>7}{sizes}{other.micro_tokens:>14}   {words}")
     return lines

@@ -207,13 +207,27 @@ class Options:
     eval_every: int = _option("Output", 0, "steps between evaluations; 0: only at the end of a stage", least=0)
     samples: int = _option("Output", 3, "prompts that the models answer at the end", least=0)
     sample_tokens: int = _option("Output", 64, "longest such answer, in tokens", least=1)
+    sample_every: int = _option(
+        "Output", 0, "steps between such answers of the model in training, into samples.jsonl; 0: at the end", least=0
+    )
+    log_to: tuple[str, ...] = _option(
+        "Output",
+        (),
+        "what metrics.jsonl holds, the configuration and the samples go there too; to be installed by you [none]",
+        choices=("tensorboard", "wandb"),
+    )
     report_pairs: int = _option("Output", 200, "pairs shown token by token in report.html", least=0)
     dry_run: bool = _option("Output", False, "load, check, show a pair, the steps and the memory plan; train nothing")
 
     save_every: int = _option(
         "Checkpoints", 100, "steps between checkpoints; 0: only at the end and on a signal", least=0
     )
-    keep: int = _option("Checkpoints", 2, "how many of the newest complete checkpoints stay", least=1)
+    keep: int = _option(
+        "Checkpoints",
+        2,
+        "how many of the newest complete checkpoints stay; 0: one while the run goes on, none once it has ended well",
+        least=0,
+    )
     resume: bool = _option(
         "Checkpoints", False, "go on from the newest complete checkpoint of --out, or start where there is none"
     )
@@ -471,9 +485,10 @@ def _checked(name, value, where):
         _check_text(text, where)
     if name == "columns":
         _columns_checked(value, where)
-    if "choices" in limits and value not in limits["choices"]:
-        near = _nearest(value, limits["choices"])
-        raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
+    for one in value if kind is tuple else (value,):
+        if "choices" in limits and one not in limits["choices"]:
+            near = _nearest(one, limits["choices"])
+            raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
     if name == "with_":
         parts.read(value, where)
     if name == "name" and not re.fullmatch(r"[\w+-][\w.+-]*", value):

@@ -3,6 +3,7 @@ answers, tokens.jsonl and the report page at its end."""
 
 import json
 import os
+import pathlib
 import platform
 import shutil
 import statistics
@@ -14,7 +15,7 @@ from files.card import add_figures
 from files.errors import BadInput
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
-from runtime.disk import fsync
+from runtime.disk import fsync, remove
 from runtime.losses import LOSSES
 from runtime.progress import say
 
@@ -25,7 +26,7 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     config: the model's; width: bytes of a number of the exported models."""
     parameters, trained = memory.trained(config, 0), memory.trained(config, options.lora_rank)
     _, steps = preview.steps(options, len(pairs))
-    saves = min(options.keep + 1, -(-steps // options.save_every)) if options.save_every else 1
+    saves = min(max(1, options.keep) + 1, -(-steps // options.save_every)) if options.save_every else 1
     models = 2 if preview.trains_guide(options) else 1
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
     need = (3 * saves + bool(options.lora_rank)) * 4 * trained + width * models * parameters
@@ -79,6 +80,32 @@ def begin(out, options, identity, counts, plan, ranks):
         say(line)
 
 
+def is_over(out, identity):
+    """Whether the run in `out` has ended well with --keep 0, so that --resume has nothing to do, which is said. Raises
+    BadInput where that was another run."""
+    checkpoints = os.path.join(out, "checkpoints")
+    if not os.path.exists(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
+        return False
+    checkpoint.same_run(out, read_run(os.path.join(out, "run.json"))["identity"], identity)
+    say(f"the run in {out} is finished, and --keep 0 left no checkpoint: nothing to resume; --overwrite starts it anew")
+    return True
+
+
+def end(out, options):
+    """The run has ended well. With --keep 0 a mark takes the place of its checkpoints, else they are told of."""
+    checkpoints = os.path.join(out, "checkpoints")
+    if not options.keep:
+        write(os.path.join(checkpoints, "finished"), "The run has ended well; --keep 0 left no checkpoint.\n")
+        for name in os.listdir(checkpoints):
+            if name != "finished":
+                remove(os.path.join(checkpoints, name))
+    elif size := sum(file.stat().st_size for file in pathlib.Path(checkpoints).rglob("*") if file.is_file()):
+        say(
+            f"{checkpoints}: {size / 1e9:.3f} GB that the models do not need; --resume makes the answers and the page "
+            "anew from it (other --samples, --report-pairs); remove it, or give --keep 0"
+        )
+
+
 def has_guide(out):
     """Whether stage 1 has exported its guide; it may be gone by now, though the policy's training has begun."""
     begun = checkpoint.newest(os.path.join(out, "checkpoints"))
@@ -126,6 +153,11 @@ def finish(out, options, tokenizer, pairs, judged, answers):
     say(f"\n{len(pairs)} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
     for row in table:
         say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(*row.values()))
+    if falls := [row["model"] for row in table if row.get("logratio_chosen", 0) < 0]:
+        say(
+            f"  note: {' and '.join(falls)} find the chosen responses, too, less likely than the reference does: "
+            "usual, and to be watched (README.md, When the chosen falls)"
+        )
     samples = [
         {"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
         for i, (prompt, _) in enumerate(answers["policy"])

@@ -15,6 +15,7 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import data
+from files.preferences import preference_of
 from files.tokenizer import load_tokenizer
 
 TODAY = "26 Jul 2024"  # what the sandbox tells a template that asks for the date
@@ -26,7 +27,7 @@ def main(directory, *files):
     rows = {f"{path}:{row}": value for path in map(pathlib.Path, files) for row, value in data.read_rows(path)}
     prompts = responses = 0
     for pair in pairs:
-        messages, *texts = data.preference_of(rows[pair.source])
+        messages, *texts = preference_of(rows[pair.source])
         given = {"add_generation_prompt": True, "return_dict": False, "date_string": TODAY}
         if not any(text.startswith("<think>") for text in texts):
             given["enable_thinking"] = False  # which Qwen3's template reads

@@ -248,7 +248,8 @@ def test_the_table_for_other_numbers_of_ranks():
     rows = [row.split() for row in memory.table(config, Options(), here)[2:]]
     assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
     assert [float(row[1]) for row in rows[:4]] == pytest.approx([128.5, 64.2, 32.1, 16.1], abs=0.1)
-    assert "more than 85%" in " ".join(rows[0]) and rows[3][-1] == "none"
+    assert " ".join(rows[0]).endswith("full, does not fit: 137 GB of 80") and rows[3][-1] == "none"
+    assert "tight: more than 85% of 80 GB" in " ".join(rows[1])
 
 
 def test_a_machine_or_container_too_small_for_the_plan_is_said(monkeypatch):
@@ -260,17 +261,19 @@ def test_a_machine_or_container_too_small_for_the_plan_is_said(monkeypatch):
     (line,) = memory.warnings(here, 2)
     assert f"the plan needs {2 * need / 1e9:.1f} GB, this machine (or its container) has {need / 1e9:.1f} GB" in line
     assert "a smaller --micro-tokens" in line
-    assert memory.warnings(plan(LLAMA_8B, 1, room=1e9), 8) == []  # a GPU's memory is another's
+    (line,) = memory.warnings(plan(LLAMA_8B, 1), 8)  # a GPU's memory is another's
+    assert "the plan of a rank does not fit: 137 GB of 80; take more ranks" in line
+    assert memory.warnings(plan(LLAMA_8B, 8), 8) == []
 
 
 def test_a_run_says_that_its_container_is_too_small(tmp_path, monkeypatch, capsys):
     import train
 
     monkeypatch.setattr(container, "memory", lambda: 10**7)
-    assert train.main(["--dry-run"]) == 0
+    assert train.main(["--dry-run", "--limit", "9"]) == 0
     assert "warning: the plan needs" in capsys.readouterr().out
     monkeypatch.setattr(container, "memory", lambda: 10**13)
-    assert train.main(["--dry-run"]) == 0
+    assert train.main(["--dry-run", "--limit", "9"]) == 0
     assert "warning: the plan needs" not in capsys.readouterr().out
 
 
