@@ -582,12 +582,13 @@ def lay_out(options, ranks, config, dtype, longest):
 def train_guide(run, inputs, ref):
     """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. Returns its directory."""
     directory = os.path.join(run.out, "guide")
-    if new := not on_rank_0(lambda: results.has_guide(run.out)):
+    if new := not on_rank_0(lambda: results.has_guide(run.out, model.check)):
         guide, _ = train(run, Stage("dpo", inputs.pairs, inputs.eval_pairs, ref, None), inputs.source)
         export(run, guide, directory, inputs.source, "dpo")
         del guide
         release(run)
     run.identity["guide"] = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
+    on_rank_0(run.metrics.sync)  # its last evaluation too is on the disk before what could repeat it goes
     on_rank_0(lambda: checkpoint.drop_stage(checkpoints_of(run), "dpo"))
     return directory
 

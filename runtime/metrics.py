@@ -4,7 +4,7 @@ import json
 import math
 import os
 
-from runtime.disk import fsync, whole
+from runtime.disk import fsync, stands, whole
 from runtime.progress import say
 
 
@@ -27,7 +27,7 @@ class Metrics:
 
     def sync(self):
         """Waits until all rows are on the disk: before a checkpoint that they belong to."""
-        if not self.rank and os.path.exists(self.path):
+        if not self.rank and stands(self.path):
             fsync(self.path)
             fsync(os.path.dirname(os.path.abspath(self.path)))
 
@@ -35,7 +35,7 @@ class Metrics:
         """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file
         ends up as if the run had never stopped. The evaluation of `step` itself goes too, since it follows
         the checkpoint and is done again."""
-        if self.rank or not os.path.exists(self.path):
+        if self.rank or not stands(self.path):
             return
         kept, damaged = [], 0
         with open(self.path, "rb") as file:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import hashlib
 import json
 import math
 import operator
@@ -319,7 +320,7 @@ def answer_early(argv):
 
 def to_toml(options):
     """Options -> the text of config.toml, which read_toml takes back. What is not set is left out."""
-    lines, group = [SAVED], None
+    lines, group = [], None
     for name, field in FIELDS.items():
         value = getattr(options, name)
         if value is None or value == () or name in NOT_SAVED:
@@ -330,7 +331,18 @@ def to_toml(options):
             group = field.metadata["group"]
             lines.append(f"\n# {group}\n")
         lines.append(f"{name.strip('_')} = {_toml_value(value)}\n")
-    return "".join(lines)
+    return _signed("".join(lines))
+
+
+def is_as_saved(text):
+    """Whether a file's bytes are as to_toml gave them, and no person has edited them since."""
+    first, _, rest = text.decode(errors="replace").partition("\n")
+    return first + "\n" == SAVED and _signed(rest.partition("\n")[2]).encode() == text
+
+
+def _signed(body):
+    """The text of a config.toml: what it is, a digest that shows whether it is as it was written, and the options."""
+    return f"{SAVED}# {hashlib.sha256(body.encode()).hexdigest()[:16]} as long as nothing below is edited\n{body}"
 
 
 def read_toml(path, flag=""):

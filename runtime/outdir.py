@@ -8,9 +8,10 @@ import os
 import re
 import socket
 
-from files.errors import BadInput
-from runtime.disk import remove
-from runtime.options import SAVED
+from files.errors import BadInput, brief
+from runtime import checkpoint
+from runtime.disk import content, discard, remove, stands
+from runtime.options import SAVED, is_as_saved
 from runtime.process_group import held, on_rank_0
 from runtime.signals import to_stderr
 
@@ -53,7 +54,7 @@ def _claim(options):
             out = os.path.abspath(os.path.join("runs", options.name))  # the name that a failure is told with
             out = _numbered(out, existing=options.resume or options.overwrite)
         os.makedirs(out, exist_ok=True)
-        if not os.path.lexists(os.path.join(out, ".lock")):
+        if not stands(os.path.join(out, ".lock")):
             _refuse(out, options)  # before anything is written there
         _lock(out)
         _refuse(out, options)
@@ -63,7 +64,7 @@ def _claim(options):
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
     if marked(out):
         for name in RESULTS:
-            remove(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
+            discard(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
     _claimed[out] = "used" if _found(out) else "empty" if there else "absent"
     return out
 
@@ -87,31 +88,30 @@ def _refuse(out, options):
             f"--{'overwrite' if options.overwrite else 'resume'} touches none of it; give another directory"
         )
     if options.resume:
+        tells = _identified(out) or set(found) <= set(RECORD) or checkpoint.newest(os.path.join(out, "checkpoints"))
+        if not tells:  # a policy/, say, with a config.toml that was copied beside it
+            raise BadInput(
+                f"--out {out}: holds {', '.join(found)}, but neither a run.json nor a whole checkpoint that tells "
+                "which run made them, so --resume touches none of it; put run.json back, or give another directory"
+            )
         _spare(out, options, "--resume would replace")
 
 
 def marked(out):
     """Whether `out` carries the mark of a run of ours: run.json with an identity, or config.toml with our first line.
-    Raises OSError where that cannot be read."""
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
-        with open(os.path.join(out, "run.json"), encoding="utf-8") as file:
-            if isinstance(json.load(file)["identity"], dict):
-                return True
-    return is_ours(os.path.join(out, "config.toml"))
+    Raises RunFailed where that cannot be read."""
+    return _identified(out) or (content(os.path.join(out, "config.toml")) or b"").startswith(SAVED.encode())
 
 
-def is_ours(config):
-    """Whether the config.toml at `config` is there and was written by a run."""
-    try:
-        with open(config, "rb") as file:
-            return file.read(len(SAVED)) == SAVED.encode()
-    except FileNotFoundError:
-        return False
+def _identified(out):
+    """Whether run.json tells which run made what is in `out`."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        return isinstance(json.loads(content(os.path.join(out, "run.json")))["identity"], dict)
 
 
 def _found(out):
     """The names of an earlier run's results in `out`, in the order of RESULTS."""
-    return [name for name in RESULTS if os.path.lexists(os.path.join(out, name))]
+    return [name for name in RESULTS if stands(os.path.join(out, name))]
 
 
 def _numbered(path, existing):
@@ -139,13 +139,15 @@ def _started(out):
 
 
 def _lock(out):
-    """Locks OUT/.lock for this process, and writes into it who holds it."""
+    """Locks OUT/.lock, where it is no other program's, for this process, and writes into it who holds it."""
     descriptor = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     held.callback(os.close, descriptor)
+    holder = " ".join(os.read(descriptor, 200).decode(errors="replace").strip("\0").split())
+    if holder and not re.fullmatch(r"process \d+ on .*", holder):
+        raise BadInput(f"--out {out}: its .lock is another program's ({brief(holder)}); give another directory")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = " ".join(os.read(descriptor, 200).decode(errors="replace").split())
         raise BadInput(
             f"--out {out}: another run is at work in it ({holder}); wait for it, or give another directory"
         ) from None
@@ -154,7 +156,7 @@ def _lock(out):
             raise
         to_stderr(f"note: the file system of {out} has no locks: see to it that no second run writes there")
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def clear(out, options):
@@ -162,7 +164,7 @@ def clear(out, options):
 
     A config.toml that somebody wrote by hand stays too. Raises BadInput where this run reads one of them."""
     for result in _spare(out, options, "--overwrite would remove"):
-        if os.path.basename(result) == "config.toml" and not is_ours(result):
+        if os.path.basename(result) == "config.toml" and not is_as_saved(content(result) or b""):
             continue
         os.rename(result, f"{result}.tmp")  # half of a result never stands under its name
         remove(f"{result}.tmp")

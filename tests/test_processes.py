@@ -413,7 +413,10 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
         with pytest.raises(BadInput, match="nothing that tells of a run"):
             outdir.claim(wanted(out, **more))
     assert not (out / ".lock").exists()  # else it would be taken for a mark next time
-    (out / "config.toml").write_text(options.SAVED)
+    (out / "config.toml").write_text(options.to_toml(wanted(out)))  # as copied from a run elsewhere
+    with pytest.raises(BadInput, match="neither a run.json nor a whole checkpoint that tells which run made them"):
+        outdir.claim(wanted(out, resume=True))
+    (out / "run.json").write_text('{"identity": {}}')
     with pytest.raises(BadInput, match="--resume would replace .*policy, which this run reads"):
         outdir.claim(wanted(out, resume=True, model=str(out / "policy")))
     with pytest.raises(BadInput, match="--overwrite would remove .*policy, which this run reads"):
@@ -430,6 +433,20 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
     outdir.clear(str(out), wanted(out, overwrite=True))
     assert sorted(os.listdir(out)) == [".lock", "cache", "notes.txt"]
     assert (out / "cache" / "ref.safetensors").exists() and (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_a_lock_of_another_program_is_left_as_it_is(alone, tmp_path):
+    (tmp_path / ".lock").write_text("pid 7 of an editor\n")
+    with pytest.raises(BadInput, match=r"its .lock is another program's \(pid 7 of an editor\); give another"):
+        outdir.claim(wanted(tmp_path))
+    assert (tmp_path / ".lock").read_text() == "pid 7 of an editor\n"
+    process_group.stop()
+    process_group.start(1, "cpu")
+    for ours in ("", "\0" * 30, "process 7 on host\n"):  # killed before it was written, after a power cut, left
+        (tmp_path / ".lock").write_text(ours)
+        assert outdir.claim(wanted(tmp_path)) == str(tmp_path)
+        process_group.stop()
+        process_group.start(1, "cpu")
 
 
 def test_a_cache_alone_is_no_result(alone, tmp_path):
