@@ -12,11 +12,16 @@ the policy with the guide's token-level reward. Reference and guide are read onc
 tokens, and are not in memory while the policy trains.
 """
 
+import os
 import sys
+
+if __name__ == "__main__" and (here := os.path.dirname(os.path.abspath(__file__))) not in sys.path:
+    sys.path.insert(0, here)  # which python -P and -I leave out
 
 from runtime import supported
 
 if __name__ == "__main__":
+    supported.end_at_once_when_told()
     supported.check()  # before anything is imported that another system lacks
 
 from runtime import options as option_table
@@ -25,7 +30,6 @@ if __name__ == "__main__":
     option_table.answer_early(sys.argv[1:])  # --help and a mistyped option need no torch
 
 import gc
-import os
 import shlex
 import time
 from typing import NamedTuple
@@ -638,6 +642,7 @@ def tell_results(run, inputs, logps, answers, guide_source):
     logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
     judgements = judged(run.options, pairs, logps)
+    run.signals.finish()
     on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))
     if report:
         on_rank_0(lambda: report.write(run.out))
@@ -664,7 +669,7 @@ def answer(run, net, inputs):
 
 
 def main(argv=None):
-    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 130 or 143 after a signal."""
+    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 128 + N after signal N."""
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
@@ -687,4 +692,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    supported.end(main())

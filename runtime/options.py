@@ -20,7 +20,6 @@ import operator
 import os
 import pathlib
 import re
-import signal
 import sys
 import textwrap
 import tomllib
@@ -307,9 +306,7 @@ def resolve(argv):
 
 
 def answer_early(argv):
-    """For the first lines of a script, before its slow imports: --help and bad options end it here, and Ctrl-C ends it
-    without a traceback until the run has its own way with signals."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """For the first lines of a script, before its slow imports: --help and bad options end it here."""
     try:
         resolve(argv)
     except BadInput as error:

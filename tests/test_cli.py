@@ -106,7 +106,8 @@ def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, word
     refused(capfd, arguments(world, out, *more), *words, out=out)
 
 
-def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_modules_are_imported_leaves_no_traceback(tmp_path, number, status):
     program = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--out", tmp_path / "out"],
         cwd=tmp_path,
@@ -115,9 +116,32 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
         stderr=subprocess.PIPE,
     )
     time.sleep(0.5)
-    program.send_signal(signal.SIGINT)
+    program.send_signal(number)
     printed = program.communicate(timeout=60)
-    assert program.returncode == 130 and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
+    assert program.returncode == status and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
+
+
+def test_a_second_signal_while_modules_are_torn_down_changes_no_status():
+    """What waits then is as long as torch's own end."""
+    program = (
+        "import os, signal, sys, atexit; from runtime import supported; supported.end_at_once_when_told();"
+        "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (2, 15, 1)]); supported.end(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 7
+
+
+@pytest.mark.parametrize("more", [["-P"], ["-I"]])
+def test_a_python_that_does_not_look_beside_the_script(more):
+    done = subprocess.run([sys.executable, *more, ROOT / "train.py", "--epochs", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "train.py: error: --epochs 0: must be at least 1\n")
+
+
+@pytest.mark.linux("ulimit -v")
+def test_too_little_address_space_for_torch_is_one_line():
+    command = f"ulimit -v 600000; {sys.executable} {ROOT}/train.py"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    line = "train.py: error: memory is limited to 585 MiB of addresses (ulimit -v); it takes 2048 at least\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_a_bad_option_ends_the_program_before_torch_is_imported(tmp_path):

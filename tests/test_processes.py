@@ -288,7 +288,7 @@ def steps(ranks, pipe):
     steps(ranks, pipe)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, capfd, number, status):
     ranks = group(2, steps)
     first, second = ranks.told()
@@ -318,6 +318,71 @@ def test_a_stop_just_after_a_save_is_not_lost(group):
     time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
     assert ranks.codes() == [143]
+
+
+def test_what_stops_counts_before_what_saves(group, capfd):
+    """SIGINT's number is less than SIGUSR1's, and what two ranks saw differs."""
+
+    def both(ranks, pipe):
+        ranks.signals._seen.add((signal.SIGINT, signal.SIGUSR1)[ranks.rank])
+        pipe.send(ranks.signals.agreed())
+
+    assert group(2, both).told() == [signal.SIGINT] * 2
+
+
+def test_what_nohup_ignores_stays_ignored(group):
+    def ignoring(ranks, pipe):
+        process_group.stop()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        steps(process_group.start(1, "cpu"), pipe)
+
+    ranks = group(1, ignoring)
+    (pid,) = ranks.told()
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGTERM)
+    assert ranks.told()[0][0] == "SIGTERM" and ranks.codes() == [143]
+
+
+def test_a_signal_when_all_is_saved_lets_the_run_finish(group, capfd):
+    def last(ranks, pipe):
+        ranks.signals.agreed()
+        ranks.signals.finish()
+        pipe.send(os.getpid())
+        time.sleep(0.5)
+
+    ranks = group(1, last)
+    (pid,) = ranks.told()
+    os.kill(pid, signal.SIGTERM)
+    assert ranks.codes() == [0]
+    assert capfd.readouterr().err == "SIGTERM: nothing left to stop: finishing the page\n"
+
+
+@pytest.mark.linux("forks a process group")
+def test_ranks_whose_torchrun_was_killed_end_by_themselves(monkeypatch, capfd):
+    """kill -9 leaves it no time to tell them."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(signals, "LOOK", 0.05)
+    ours, theirs = FORK.Pipe()
+
+    def torchrun():
+        if os.fork() == 0:
+            try:
+                steps(process_group.start(1, "cpu"), theirs)
+            finally:
+                os._exit(0)
+        time.sleep(60)
+
+    launched = FORK.Process(target=torchrun, daemon=True)
+    launched.start()
+    theirs.close()
+    assert ours.poll(20) and ours.recv()
+    launched.kill()
+    assert ours.poll(20) and ours.recv()[0] == "SIGTERM"
+    with pytest.raises(EOFError):  # the rank has ended
+        assert ours.poll(20) and ours.recv()
+    assert "has ended without a word: as after a SIGTERM" in capfd.readouterr().err
 
 
 def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group, capfd):
