@@ -50,6 +50,7 @@ from files.card import model_card
 from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
+from files.weights import check_finite
 from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
@@ -157,6 +158,7 @@ def export(run, net, directory, source, loss):
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
+        outdir.check(run.out)
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
         (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
         card = model_card(loss, run.options.model, run.options.data, source, command)
@@ -266,6 +268,7 @@ def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
     wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
     if wrong:
         raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
+    on_rank_0(lambda: outdir.check(run.out))
     on_rank_0(lambda: cache.write(where, kind, key, torch.cat(found)))
     return found
 
@@ -414,6 +417,7 @@ def train(run, stage, directory):
             save(run, training)
         heed(run, training)
     bar.close()
+    on_rank_0(run.metrics.sync)  # the last evaluation too is on the disk before a model that nobody evaluates again
     return net, final
 
 
@@ -429,7 +433,8 @@ def next_step(run, stage, training):
     try:
         row = optimiser_step(run, training.net, training.optimiser, stage, batch)
     except RunFailed as failure:
-        mend = "a lower --lr or --alpha" if run.dtype == torch.float32 else "a lower --lr or --dtype float32"
+        mend = "a lower --lr, --beta or --alpha" if stage.loss == "tgdpo" else "a lower --lr or --beta"
+        mend += "" if run.dtype == torch.float32 else ", or --dtype float32"
         raise RunFailed(
             f"{stage.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "
             f"the last checkpoint is {last_checkpoint(run)}; try {mend}"
@@ -560,9 +565,11 @@ def begin(options, ranks, out, inputs):
 
     def write_down():
         results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
-        if options.overwrite:
-            outdir.clear(out, options)
         identity = describe(options, inputs, dtype)
+        if options.overwrite and outdir.results_in(out):
+            for directory in filter(None, (source, guide)):
+                check_finite(directory)  # before what stands there is removed for it
+            outdir.clear(out, options)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
 
@@ -592,7 +599,6 @@ def train_guide(run, inputs, ref):
         del guide
         release(run)
     run.identity["guide"] = on_rank_0(lambda: results.same_guide(run.out, directory, new, model.check))
-    on_rank_0(run.metrics.sync)  # its last evaluation too is on the disk before what could repeat it goes
     on_rank_0(lambda: checkpoint.drop_stage(checkpoints_of(run), "dpo"))
     return directory
 

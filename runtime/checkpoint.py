@@ -202,6 +202,7 @@ def _make_room(tmp, tensors, world):
     """Rank 0: clears what killed saves left, sees that the disk has room, makes `tmp`."""
     directory = tmp.parent
     directory.mkdir(parents=True, exist_ok=True)
+    fsync(directory.parent)
     _delete_unfinished(directory)
     need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     # The margin: a file's header takes less than 512 bytes for a shard, and the disk has its own bookkeeping.

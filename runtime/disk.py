@@ -9,6 +9,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from files.errors import naming
 from files.export import fsync
 from runtime.failures import RunFailed
 from runtime.progress import say
@@ -37,7 +38,8 @@ def whole(path):
     tmp = f"{path}.tmp"
     remove(tmp)
     try:
-        yield tmp
+        with naming(path):
+            yield tmp
         for written in (*Path(tmp).rglob("*"), tmp):
             fsync(written)
         put_in_place(tmp, path)

@@ -4,6 +4,8 @@ import json
 import math
 import os
 
+from files.errors import naming
+from runtime import outdir
 from runtime.disk import fsync, stands, whole
 from runtime.progress import say
 
@@ -22,7 +24,8 @@ class Metrics:
         for name, value in plain.items():
             if isinstance(value, float) and not math.isfinite(value):
                 plain[name] = None
-        with open(self.path, "a", encoding="utf-8") as file:
+        outdir.check(os.path.dirname(self.path))
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def sync(self):

@@ -282,7 +282,7 @@ def resolve(argv):
         with contextlib.suppress(FileNotFoundError):
             chosen |= _carry(read_toml(TINY / "recipe.toml"), loss)
     chosen |= _carry(settings, loss) | given
-    _refuse_contradictions(chosen, loss)
+    _refuse_contradictions(chosen, loss, {name: _shown(config, most=1000) for name in settings.keys() - given.keys()})
 
     if "eval_data" not in chosen and "data" not in chosen and not chosen.get("eval_fraction"):
         chosen["eval_data"] = (str(TINY / "held_out.jsonl"),)
@@ -397,7 +397,8 @@ def parser():
         "whose token-level reward is guided by a second model. With no options it runs the\n"
         "bundled example.",
     )
-    made.add_argument("--config", metavar="FILE.toml", help="read options from this file; flags override it")
+    config = "read options from this file; flags override it"
+    made.add_argument("--config", metavar="FILE.toml", action="append", help=config)
     groups = {title: made.add_argument_group(title, textwrap.fill(text, 76)) for title, text in GROUPS.items()}
     for name, field in FIELDS.items():
         kind, said = KINDS[name], field.metadata
@@ -429,7 +430,9 @@ def _read_flags(argv):
     if unknown:
         raise BadInput(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
     given = vars(known)
-    config = given.pop("config", None)
+    config, *more = given.pop("config", [None])
+    if more:
+        raise BadInput(f"--config is given {1 + len(more)} times; give one file, and flags for what differs")
     for name, value in given.items():
         where = flag_of(name)
         if KINDS[name] is not bool:
@@ -492,20 +495,32 @@ def _check_text(text, where):
     return text
 
 
-def _refuse_contradictions(chosen, loss):
+def _refuse_contradictions(chosen, loss, files):
+    """files: {option: the file that set it}, where no flag did."""
+    called = {name: f"{files[name]}: {name.strip('_')}" if name in files else flag_of(name) for name in FIELDS}
+
+    def said(name):
+        value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
+        return f"{called[name]} {'= ' if name in files else ''}{value}"
+
     for name in ignored(loss):
         if name in chosen:
-            value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
-            raise BadInput(f"{flag_of(name)} {value}: --loss {loss} has no use for it; leave it out")
-    parts.refuse_without_guide(chosen.get("with_"), loss)
+            by = "loss" if "loss" in files else "--loss"
+            raise BadInput(f"{said(name)}: {by} {loss} has no use for it; leave it out")
+    parts.refuse_without_guide(chosen.get("with_"), loss, called["with_"])
     longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
-        raise BadInput(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
+        where = said("max_prompt_length")
+        raise BadInput(f"{where}: must be less than {called['max_length']}, which is {longest}")
     if chosen.get("resume") and chosen.get("overwrite"):
-        raise BadInput("--resume and --overwrite: one goes on with a run, the other removes it; give one")
+        raise BadInput(
+            f"{called['resume']} and {called['overwrite']}: one goes on with a run, the other removes it; give one"
+        )
     if chosen.get("eval_data") and chosen.get("eval_fraction"):
-        raise BadInput("--eval-data and --eval-fraction: the fraction is for runs without it; give one")
+        raise BadInput(
+            f"{called['eval_data']} and {called['eval_fraction']}: the fraction is for runs without it; give one"
+        )
 
 
 def _carry(settings, loss):

@@ -10,7 +10,8 @@ import socket
 
 from files.errors import BadInput, brief
 from runtime import checkpoint
-from runtime.disk import content, discard, remove, stands
+from runtime.disk import content, discard, fsync, remove, stands, unless_absent
+from runtime.failures import RunFailed
 from runtime.options import SAVED, is_as_saved
 from runtime.process_group import held, on_rank_0
 from runtime.signals import to_stderr
@@ -21,6 +22,7 @@ MODELS = ("checkpoints", "guide", "policy")
 PAGES = ("metrics.jsonl", "tokens.jsonl", "samples.json", "report.html")
 RESULTS = (*MODELS, *PAGES, "guide.old", "policy.old", *RECORD)
 _claimed = {}  # directory -> "absent", "empty" or "used": what it was before
+_locks = {}  # directory -> the descriptor of its .lock
 
 
 def claim(options):
@@ -33,10 +35,24 @@ def claim(options):
     return on_rank_0(lambda: _claim(options))
 
 
+def check(out):
+    """Raises RunFailed where the directory that this process has locked is no longer there, or is another."""
+    if out not in _locks:
+        return
+    there = unless_absent(os.path.join(out, ".lock"), os.stat)
+    if there is None:
+        raise RunFailed(
+            f"{out} was removed or renamed under this run, which stops: put it back and go on with --resume, or begin "
+            "anew"
+        )
+    if not os.path.samestat(there, os.fstat(_locks[out])):
+        raise RunFailed(f"{out} was replaced under this run by another one's, in which nothing is written: it stops")
+
+
 def withdraw(out):
     """Rank 0 removes what the start of a run left in the directory it claimed, unless there are results."""
     before = _claimed.get(out, "used")  # rank 0 alone knows
-    if before == "used" or set(_found(out)) - set(RECORD):
+    if before == "used" or set(results_in(out)) - set(RECORD):
         return
     with contextlib.suppress(OSError):
         for name in RECORD:
@@ -53,7 +69,13 @@ def _claim(options):
         if out is None:
             out = os.path.abspath(os.path.join("runs", options.name))  # the name that a failure is told with
             out = _numbered(out, existing=options.resume or options.overwrite)
+        new = [os.path.dirname(os.path.abspath(out))]
+        while not os.path.isdir(new[-1]):
+            new.append(os.path.dirname(new[-1]))
         os.makedirs(out, exist_ok=True)
+        for above in new:  # where a name is that may be new
+            with contextlib.suppress(OSError):  # not readable
+                fsync(above)
         if not stands(os.path.join(out, ".lock")):
             _refuse(out, options)  # before anything is written there
         _lock(out)
@@ -65,13 +87,13 @@ def _claim(options):
     if marked(out):
         for name in RESULTS:
             discard(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
-    _claimed[out] = "used" if _found(out) else "empty" if there else "absent"
+    _claimed[out] = "used" if results_in(out) else "empty" if there else "absent"
     return out
 
 
 def _refuse(out, options):
     """Raises BadInput where `out` holds results that this run may not go on with or remove."""
-    found = _found(out)
+    found = results_in(out)
     if found and not options.resume and not options.overwrite:
         raise BadInput(
             f"--out {out}: holds another run's results ({', '.join(found)}); "
@@ -109,7 +131,7 @@ def _identified(out):
         return isinstance(json.loads(content(os.path.join(out, "run.json")))["identity"], dict)
 
 
-def _found(out):
+def results_in(out):
     """The names of an earlier run's results in `out`, in the order of RESULTS."""
     return [name for name in RESULTS if stands(os.path.join(out, name))]
 
@@ -142,6 +164,7 @@ def _lock(out):
     """Locks OUT/.lock, where it is no other program's, for this process, and writes into it who holds it."""
     descriptor = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     held.callback(os.close, descriptor)
+    held.callback(_locks.pop, out, None)
     holder = " ".join(os.read(descriptor, 200).decode(errors="replace").strip("\0").split())
     if holder and not re.fullmatch(r"process \d+ on .*", holder):
         raise BadInput(f"--out {out}: its .lock is another program's ({brief(holder)}); give another directory")
@@ -155,6 +178,7 @@ def _lock(out):
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         to_stderr(f"note: the file system of {out} has no locks: see to it that no second run writes there")
+    _locks[out] = descriptor
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
@@ -172,7 +196,7 @@ def clear(out, options):
 
 def _spare(out, options, harm):
     """-> the paths of the results in `out`. Raises BadInput where this run reads one of them."""
-    found = [os.path.join(out, name) for name in _found(out)]
+    found = [os.path.join(out, name) for name in results_in(out)]
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
         if path and any(_within(path, result) for result in found):
             raise BadInput(f"{harm} {path}, which this run reads; give another --out")

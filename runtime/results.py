@@ -14,8 +14,8 @@ import sys
 import torch
 
 from files.card import add_figures
-from files.errors import BadInput
-from runtime import cache, checkpoint, memory, preview
+from files.errors import BadInput, naming
+from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
 from runtime.disk import content, fsync, stands, unreadable, whole
 from runtime.losses import LOSSES
@@ -189,7 +189,8 @@ def write_json(path, value):
 def write(path, text):
     """Write a file, whole or not at all."""
     # What the command line has that is no UTF-8 is written as it was.
-    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
+    outdir.check(os.path.dirname(path))
+    with naming(path), open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

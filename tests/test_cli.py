@@ -232,7 +232,33 @@ def test_a_failed_overwrite_keeps_what_stood(world, capfd, tmp_path, out):
     before = sorted(str(path) for path in out.rglob("*"))
     make_pairs(tmp_path / "empty.jsonl", 0)
     refused(capfd, arguments(world, out, "--overwrite", "--data", tmp_path / "empty.jsonl"), "is empty")
+    shutil.copytree(world / "start", tmp_path / "bad")
+    weights = load_file(tmp_path / "bad/model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "bad/model.safetensors", {"format": "pt"})
+    refused(capfd, arguments(world, out, "--overwrite", "--model", tmp_path / "bad"), "values that are not finite")
     assert sorted(str(path) for path in out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_directory_that_is_taken_away_ends_the_run_with_one_line(world, capfd, tmp_path, monkeypatch, out, again):
+    """And nothing is written into the one that has its name by now."""
+    plain = train.optimiser_step
+
+    def step(*given):
+        if out.exists() and not (tmp_path / "moved").exists():
+            out.rename(tmp_path / "moved")
+            if again:
+                out.mkdir()
+                (out / ".lock").touch()
+        return plain(*given)
+
+    monkeypatch.setattr(train, "optimiser_step", step)
+    assert train.main(arguments(world, out)) == 1
+    words = "was replaced under this run by another one's" if again else "was removed or renamed under this run"
+    err = capfd.readouterr().err
+    assert words in err and err.count("\n") == 1, err
+    assert os.listdir(out) == [".lock"] if again else not out.exists()
 
 
 def test_two_runs_in_one_directory(world, capfd, tmp_path, out):
@@ -567,6 +593,7 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
             1,
             "[Errno 28] No space left on device: the disk is full; free",
         ),
+        (OSError(errno.ENOSPC, "No space left", "m.jsonl"), 1, "[Errno 28] No space left: 'm.jsonl': the disk is full"),
         (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
         (BadInput("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong"),
     ],

@@ -19,6 +19,7 @@ from kill_loop import on_ranks
 from files.errors import BadInput
 from runtime import disk, options, outdir, process_group, signals
 from runtime.failures import RunFailed, Stopped
+from runtime.metrics import Metrics
 
 FORK = multiprocessing.get_context("fork")  # a forked rank need not import torch again
 
@@ -510,6 +511,7 @@ def test_a_lock_of_another_program_is_left_as_it_is(alone, tmp_path):
     for ours in ("", "\0" * 30, "process 7 on host\n"):  # killed before it was written, after a power cut, left
         (tmp_path / ".lock").write_text(ours)
         assert outdir.claim(wanted(tmp_path)) == str(tmp_path)
+        outdir.check(str(tmp_path))
         process_group.stop()
         process_group.start(1, "cpu")
 
@@ -636,6 +638,16 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
 
     told = group(2, work).told()
     assert told[0] == told[1] and told[0][0] == str(tmp_path / "runs" / "tgdpo") and "is a file" in told[0][1]
+
+
+@pytest.mark.linux("/dev/full")
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        Metrics(str(tmp_path / "metrics.jsonl")).write({"step": 1})
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), disk.whole(tmp_path / "file"):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10_000)
 
 
 def test_space_is_asked_for_in_those_words(tmp_path):
