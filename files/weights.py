@@ -17,6 +17,7 @@ from files.errors import BadInput, brief
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+JSON_LIMIT = 64 << 20  # bytes of config.json or of an index
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEAD = "lm_head.weight"
 PIECE = 1 << 20  # numbers that are read, checked or written at once
@@ -165,8 +166,10 @@ def _and_more(names):
 def read_json(path: str) -> dict:
     """The object in a JSON file. Raises BadInput."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG((status := os.stat(path)).st_mode):
             raise BadInput(f"{path}: no regular file")
+        if status.st_size > JSON_LIMIT:
+            raise BadInput(f"{path}: has {status.st_size / 1e6:.0f} MB, more than such a file ever has")
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import socket
 
 from files.errors import BadInput, brief
 from runtime import checkpoint
-from runtime.disk import content, discard, fsync, remove, stands, unless_absent
+from runtime.disk import content, discard, entries, fsync, remove, stands, unless_absent
 from runtime.failures import RunFailed
 from runtime.options import SAVED, is_as_saved
 from runtime.process_group import held, on_rank_0
@@ -85,8 +85,9 @@ def _claim(options):
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
     if marked(out):
-        for name in RESULTS:
-            discard(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
+        for name in entries(out):  # what a kill left half written, the page under its process's number
+            if name.endswith(".tmp") and name[:-4] in RESULTS or re.fullmatch(r"\.report\.html\.\d+\.tmp", name):
+                discard(os.path.join(out, name))
     _claimed[out] = "used" if results_in(out) else "empty" if there else "absent"
     return out
 
