@@ -40,8 +40,8 @@ GROUPS = {
     "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",
     "Output": "What a run leaves, and where.",
-    "Checkpoints": "Also written at the end, and on a signal: SIGTERM and SIGINT then end the run, a second "
-    "one at once; after SIGUSR1 it goes on.",
+    "Checkpoints": "Also written at the end, and on a signal: SIGTERM, SIGINT and SIGHUP then end the run, "
+    "a second one at once; after SIGUSR1 it goes on.",
     "Machine": "These change speed and memory, not the method. The defaults look at the device.",
 }
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
