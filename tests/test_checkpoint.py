@@ -366,6 +366,11 @@ def test_a_clean_up_that_fails_is_told_once_and_loses_nothing(tmp_path, monkeypa
     assert names(tmp_path) == ["step-10", "step-12"]
     printed = capfd.readouterr()
     assert (printed.out + printed.err).count("step-10 stays: it cannot be removed: Device or resource busy") == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *_, **__: busy("step-10"))
+    save(tmp_path, 12, keep=9)  # over itself
+    assert names(tmp_path) == ["step-10", "step-12", "step-12.tmp"]
+    assert "step-12.old stays: it cannot be removed: Device or resource busy" in capfd.readouterr().out
 
 
 WRONG = [{"step": step} for step in (-1, 1.5, "3", True, None, 7)] + [

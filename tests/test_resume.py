@@ -223,6 +223,19 @@ def test_a_finished_run_resumed_is_itself_and_uses_the_cache(world, tmp_path, ca
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(world / "whole"))
 
 
+def test_a_signal_at_the_very_end_lets_the_run_end_well(world, tmp_path, capfd, monkeypatch):
+    out, plain = tmp_path / "out", train.results.finish
+
+    def signalled(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(*given)
+
+    shutil.copytree(world / "whole", out)
+    monkeypatch.setattr(train.results, "finish", signalled)
+    assert train.main(arguments(world, out, "--resume")) == 0 and (out / "report.html").exists()
+    assert "SIGTERM: nothing left to stop: finishing the page" in capfd.readouterr().err
+
+
 def test_another_number_of_ranks_resumes_within_rounding(world, tmp_path):
     out = tmp_path / "out"
     stop = lambda count, step, *more: launcher.run(
