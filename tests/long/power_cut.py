@@ -1,10 +1,13 @@
 """Cuts the power at every write of a run, resumes it from what is on the disk, and compares the end bit for bit.
 
     python tests/long/power_cut.py [AT_MOST] [SEED]      (all cuts unless told otherwise)
+    python tests/long/power_cut.py ext4 [EVERY]          (at every EVERYth change, 8 unless told otherwise)
 
-No disk is harmed: one run notes what it has synced (os.fsync of files and of directories), and at each of its writes,
-renames and removals two things that a cut may leave are laid down. STRICT: nothing that was not synced, no name either.
-NAMES: all names, as a journal keeps them, but of each file only the bytes that were synced, so that others are empty.
+With ext4 the run writes to such a file system on a loop device, which root may mount, and a cut is a copy of the device
+as it is then. Else no disk is needed: one run notes what it has synced (os.fsync of files and of directories), and at
+each of its writes, renames and removals two things that a cut may leave are laid down. STRICT: nothing that was not
+synced, no name either. NAMES: all names, as a journal keeps them, but of each file only the bytes that were synced, so
+that others are empty.
 """
 
 import collections
@@ -16,6 +19,7 @@ import random
 import re
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,6 +99,55 @@ def record(place, log, rank):
     os._exit = leave
 
 
+def copy_device(device, place, cuts, every, rank):
+    """Called in a rank before it runs: copies the file behind the loop device to `cuts` at every `every`th change."""
+    count, plain = 0, os.fsync
+
+    def watch(event, given):
+        nonlocal count
+        if event in TOUCHES | {"fsync"} and str(given[0]).startswith(place):
+            count += 1
+            if count % every == 0:
+                shutil.copyfile(device, f"{cuts}/{count:04}")
+
+    def fsync(descriptor):
+        plain(descriptor)
+        watch("fsync", [os.readlink(f"/proc/self/fd/{descriptor}")])
+
+    os.fsync = fsync
+    sys.addaudithook(watch)
+
+
+def on_ext4(directory, every):
+    """-> how many cuts of a run on ext4 were resumed bit for bit."""
+    directory = pathlib.Path(directory)
+    arguments, place, log = [*make_world(directory), *SHORT], directory / "place", directory / "log"
+    device, cuts = directory / "device", directory / "cuts"
+    place.mkdir()
+    cuts.mkdir()
+    with open(device, "wb") as file:
+        file.truncate(24 << 20)
+    run = functools.partial(subprocess.run, check=True)
+    run(["mkfs.ext4", "-q", device])
+    run(["mount", "-o", "loop", device, place])
+    try:
+        fault = functools.partial(copy_device, str(device), str(place), str(cuts), every)
+        statuses, printed = launcher.run(1, [*arguments, "--out", place / "out"], log, fault)
+        assert statuses == [0], printed
+        whole = results(place / "out")
+    finally:
+        run(["umount", place])
+    for cut in sorted(cuts.iterdir()):
+        run(["mount", "-o", "loop", cut, place])
+        try:
+            statuses, printed = launcher.run(1, [*arguments, "--out", place / "out", "--resume"], log)
+            assert statuses == [0], printed
+            assert not (found := differ(whole, results(place / "out"))), f"cut {cut.name}: {found}"
+        finally:
+            run(["umount", place])
+    return len(list(cuts.iterdir()))
+
+
 def cuts_of(directory):
     """-> (train.py's arguments without --out, the results of a run never stopped, [(what was about to be done, what a
     cut leaves then)])."""
@@ -128,7 +181,11 @@ def differ(whole, found):
     return [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["ext4"]:
+    directory = tempfile.mkdtemp()
+    print(f"{on_ext4(directory, int((sys.argv[2:] or ['8'])[0]))} cuts on ext4, each resumed bit for bit")
+    shutil.rmtree(directory)
+elif __name__ == "__main__":
     most, seed = (int(number) for number in (sys.argv[1:] + ["0", "0"][len(sys.argv) - 1 :]))
     began, directory = time.monotonic(), tempfile.mkdtemp()
     arguments, whole, cuts = cuts_of(directory)
