@@ -23,6 +23,7 @@ from files.rows import read_rows
 from files.template import ChatTemplate
 
 CHUNK = 512  # rows in memory at a time
+HUGE = 2 * 10**7  # characters that a template is never given: they are too long a prompt, or are cut from a response
 
 
 class Pair(NamedTuple):
@@ -116,6 +117,9 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
             return f"control token in the text: {brief(control[0])}"
         if not all(reply.strip() for reply in replies):
             return "empty response"
+        if (length := sum(len(message["content"]) for message in messages)) > max(most, HUGE):
+            return f"prompt too long: {length} characters"
+        replies = [reply[: max(2 * most, HUGE)] for reply in replies]
         text, *dialogues = template.render(messages, replies)
         if len(text) > most:
             return f"prompt too long: {len(text)} characters"
@@ -126,6 +130,10 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
     room, cut = max_length - len(prompt), 0
     if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > len(tokenizer.control.findall(text)):
         return "control token in the text: it appears as the tokenizer normalises"
+    if not prompt:
+        return "empty prompt: the tokenizer makes no token of it"
+    if not all(responses):
+        return "empty response: the tokenizer makes no token of it"
     if len(prompt) > max_prompt_length:
         return f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}"
     if room <= 0:

@@ -12,11 +12,16 @@ the policy with the guide's token-level reward. Reference and guide are read onc
 tokens, and are not in memory while the policy trains.
 """
 
+import os
 import sys
+
+if __name__ == "__main__" and (here := os.path.dirname(os.path.abspath(__file__))) not in sys.path:
+    sys.path.insert(0, here)  # which python -P and -I leave out
 
 from runtime import allocator, supported
 
 if __name__ == "__main__":
+    supported.end_at_once_when_told()
     supported.check()  # before anything is imported that another system lacks
     allocator.prepare()  # and before torch takes memory
 
@@ -27,7 +32,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import gc
-import os
 import shlex
 import time
 from typing import NamedTuple
@@ -48,6 +52,7 @@ from files.card import model_card
 from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
+from files.weights import check_finite
 from runtime import cache, checkpoint, disk, flops, gpu, lora, memory, outdir, preview, process_group, results, signals
 from runtime import sinks as sink_files
 from runtime.failures import RunFailed, Stopped, complain
@@ -167,6 +172,7 @@ def export(run, net, directory, source, loss):
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
+        outdir.check(run.out)
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
         (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
         card = model_card(loss, run.options.model, run.options.data, source, command)
@@ -281,6 +287,7 @@ def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
     wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
     if wrong:
         raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
+    on_rank_0(lambda: outdir.check(run.out))
     on_rank_0(lambda: cache.write(where, kind, key, torch.cat(found)))
     return found
 
@@ -432,6 +439,7 @@ def train(run, stage, directory):
             save(run, training)
         heed(run, training)
     bar.close()
+    on_rank_0(run.metrics.sync)  # the last evaluation too is on the disk before a model that nobody evaluates again
     return net, final
 
 
@@ -447,7 +455,8 @@ def next_step(run, stage, training):
     try:
         row = optimiser_step(run, training.net, training.optimiser, stage, batch)
     except RunFailed as failure:
-        mend = "a lower --lr or --alpha" if run.dtype == torch.float32 else "a lower --lr or --dtype float32"
+        mend = "a lower --lr, --beta or --alpha" if stage.loss == "tgdpo" else "a lower --lr or --beta"
+        mend += "" if run.dtype == torch.float32 else ", or --dtype float32"
         raise RunFailed(
             f"{stage.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "
             f"the last checkpoint is {last_checkpoint(run)}; try {mend}"
@@ -610,7 +619,9 @@ def begin(options, ranks, out, inputs):
         if options.resume and results.is_over(out, identity):
             return None
         results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
-        if options.overwrite:
+        if options.overwrite and outdir.results_in(out):
+            for directory in filter(None, (source, guide)):
+                check_finite(directory)  # before what stands there is removed for it
             outdir.clear(out, options)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
@@ -645,7 +656,7 @@ def lay_out(options, ranks, config, dtype, longest):
 def train_guide(run, inputs, ref):
     """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. Returns its directory."""
     directory = os.path.join(run.out, "guide")
-    if new := not on_rank_0(lambda: results.has_guide(run.out)):
+    if new := not on_rank_0(lambda: results.has_guide(run.out, model.check)):
         guide, _ = train(run, Stage("dpo", inputs.pairs, inputs.eval_pairs, ref, None), inputs.source)
         export(run, guide, directory, inputs.source, "dpo")
         del guide
@@ -716,6 +727,7 @@ def tell_results(run, inputs, logps, answers, guide_source):
     logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
     judgements = judged(run.options, pairs, logps)
+    run.signals.finish()
     on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))
     if report:
         on_rank_0(lambda: report.write(run.out))
@@ -749,7 +761,7 @@ def answer(run, net, inputs, heed=after_export):
 
 
 def main(argv=None):
-    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 130 or 143 after a signal."""
+    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 128 + N after signal N."""
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
@@ -772,4 +784,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    supported.end(main())

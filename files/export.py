@@ -14,6 +14,7 @@ import shutil
 import torch
 
 from files.config import architecture
+from files.errors import naming
 from files.weights import INDEX, PIECE, SINGLE, read_json
 
 DTYPE_NAMES = {torch.float32: ("F32", "float32", 4), torch.bfloat16: ("BF16", "bfloat16", 2)}
@@ -144,7 +145,7 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), texts=None,
 @contextlib.contextmanager
 def synced(path):
     """A file opened to write bytes, on the disk when it closes."""
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,9 @@ from files.errors import BadInput, BadRow, brief
 from files.rows import open_file, read_object
 from files.template import THINK, ChatTemplate
 
+TRIAL = Path(__file__).with_name("trial.py")
+LARGEST_VOCABULARY, LARGEST_TEMPLATE = 1 << 28, 1 << 24  # bytes
+_tried = set()  # digests of the tokenizer.json that stood the trial
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -155,9 +160,11 @@ def load_tokenizer(directory, chat_template=None):
     refused when something is to be rendered. Raises BadInput.
     """
     directory = Path(directory)
-    with open_file(directory / "tokenizer.json") as file:
+    with open_file(directory / "tokenizer.json", LARGEST_VOCABULARY) as file:
+        content = file.read()
+        try_out(content, file.name)
         try:
-            backend = tokenizers.Tokenizer.from_buffer(file.read())
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exceptions
             raise BadInput(f"{file.name}: the tokenizers library cannot read it: {brief(error)}") from None
     vocabulary = backend.get_vocab()
@@ -169,7 +176,7 @@ def load_tokenizer(directory, chat_template=None):
     name = directory / "tokenizer_config.json"
     file = Path(chat_template or directory / "chat_template.jinja")
     if chat_template or file.exists():
-        with open_file(file) as opened:
+        with open_file(file, LARGEST_TEMPLATE) as opened:
             try:
                 template, name = opened.read().decode("utf-8-sig"), file
             except UnicodeDecodeError:
@@ -178,6 +185,20 @@ def load_tokenizer(directory, chat_template=None):
     plain = [token for token in tokens.values() if token in vocabulary and token not in added]
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
     return ChatTokenizer(directory, backend, tokens, template, name)
+
+
+def try_out(content, name):
+    """Raises BadInput where the tokenizers library panics with the bytes of a tokenizer.json, or takes for ever."""
+    digest = hashlib.sha256(content).digest()
+    if digest in _tried:
+        return
+    done = subprocess.run([sys.executable, "-P", str(TRIAL)], input=content, capture_output=True)
+    fault = brief(done.stdout.decode(errors="replace"))
+    if done.returncode and not fault:
+        fault = f"a few lines of text take more than 20 seconds or 4 GiB (it ended with status {done.returncode})"
+    if fault:
+        raise BadInput(f"{name}: the tokenizers library fails on it: {fault}; fetch the model's own anew")
+    _tried.add(digest)
 
 
 def named_tokens(directory):

@@ -1,6 +1,9 @@
 """What a run leaves beside its models: config.toml, run.json and dropped.jsonl at its start; the table, the
 answers, tokens.jsonl and the report page at its end."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import pathlib
@@ -12,10 +15,10 @@ import sys
 import torch
 
 from files.card import add_figures
-from files.errors import BadInput
+from files.errors import BadInput, naming
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
-from runtime.disk import fsync, remove
+from runtime.disk import content, fsync, remove, stands, unreadable, whole
 from runtime.losses import LOSSES
 from runtime.progress import say
 
@@ -44,14 +47,16 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
 def begin(out, options, identity, counts, plan, ranks):
     """Write config.toml, run.json and dropped.jsonl. A directory that is resumed must be of the same run."""
     path, guide = os.path.join(out, "run.json"), {}
-    if options.resume and os.path.exists(path):
+    if options.resume and stands(path):
         before = read_run(path)
         checkpoint.same_run(out, before["identity"], identity)
         guide = {"guide": before["guide"]} if "guide" in before else {}
     config = os.path.join(out, "config.toml")
-    if os.path.lexists(config) and not outdir.is_ours(config):
-        os.rename(config, config + ".before")  # written by hand
-        say(f"{config}: written by hand; kept as {config}.before")
+    if stands(config) and not option_table.is_as_saved(content(config) or b""):
+        names = (f"{config}.before" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+        kept = next(name for name in names if not stands(name))
+        os.rename(config, kept)
+        say(f"{config}: written or edited by hand; kept as {kept}")
     write(config, option_table.to_toml(options))
     write(
         os.path.join(out, "dropped.jsonl"),
@@ -84,7 +89,7 @@ def is_over(out, identity):
     """Whether the run in `out` has ended well with --keep 0, so that --resume has nothing to do, which is said. Raises
     BadInput where that was another run."""
     checkpoints = os.path.join(out, "checkpoints")
-    if not os.path.exists(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
+    if not stands(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
         return False
     checkpoint.same_run(out, read_run(os.path.join(out, "run.json"))["identity"], identity)
     say(f"the run in {out} is finished, and --keep 0 left no checkpoint: nothing to resume; --overwrite starts it anew")
@@ -106,10 +111,16 @@ def end(out, options):
         )
 
 
-def has_guide(out):
-    """Whether stage 1 has exported its guide; it may be gone by now, though the policy's training has begun."""
+def has_guide(out, check):
+    """Whether stage 1 is over, its guide exported; that may be gone or damaged by now, though the policy's training has
+    begun. As long as the stage has a checkpoint, a guide that is not whole is none: it is exported again."""
     begun = checkpoint.newest(os.path.join(out, "checkpoints"))
-    return os.path.isdir(os.path.join(out, "guide")) or begun and "guide" in read_run(os.path.join(out, "run.json"))
+    run, directory = read_run(os.path.join(out, "run.json")), os.path.join(out, "guide")
+    if begun and checkpoint.read_state(begun).get("identity", {}).get("stage") == "dpo":
+        with contextlib.suppress(BadInput):
+            return bool(guide_digest(directory, run, check))
+        return False
+    return stands(directory) or bool(begun) and "guide" in run
 
 
 def same_guide(out, directory, new, check):
@@ -118,17 +129,28 @@ def same_guide(out, directory, new, check):
     checkpoint is not whole."""
     path = os.path.join(out, "run.json")
     run = read_run(path)
-    mend = "put back what stage 1 exported, or start anew with --overwrite"
-    if not os.path.isdir(directory):
-        raise BadInput(f"{directory} is gone, by which the policy is trained: {mend}")
+    try:
+        digest = guide_digest(directory, {} if new else run, check)
+    except BadInput as fault:
+        raise BadInput(f"{fault}: put back what stage 1 exported, or start anew with --overwrite") from None
+    write_json(path, run | {"guide": digest})
+    return digest
+
+
+def guide_digest(directory, run, check):
+    """-> the digest of the guide in `directory`. Raises BadInput unless it is the one that stage 1 exported, whose
+    digest is in `run` once it is known."""
+    if not stands(directory):
+        raise BadInput(f"{directory} is gone, by which the policy is trained")
     try:
         check(directory)
     except BadInput as error:
-        raise BadInput(f"the guide is damaged: {error}: {mend}") from None
+        if isinstance(error.__context__, OSError) and error.__context__.errno != errno.ENOENT:
+            raise unreadable(directory, error.__context__) from None  # it may well be whole
+        raise BadInput(f"the guide is damaged: {error}") from None
     digest = cache.weights_digest(directory)
-    if not new and run.get("guide", digest) != digest:
-        raise BadInput(f"{directory} holds other weights than stage 1 exported: {mend}")
-    write_json(path, run | {"guide": digest})
+    if run.get("guide", digest) != digest:
+        raise BadInput(f"{directory} holds other weights than stage 1 exported")
     return digest
 
 
@@ -138,7 +160,7 @@ def finish(out, options, tokenizer, pairs, judged, answers):
     pairs: the evaluation pairs (without any, training pairs); judged: as train.judged yields it, pair by pair;
     answers: name -> [(prompt, answer)]."""
     figures = {}  # model -> what the table averages, a dict a pair
-    with open(os.path.join(out, "tokens.jsonl"), "w", encoding="utf-8") as file:
+    with whole(os.path.join(out, "tokens.jsonl")) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for i, (pair, (losses, tokens)) in enumerate(zip(pairs, judged)):
             for name, loss in losses.items():
                 figures.setdefault(name, []).append(_figures(loss, tokens[name]))
@@ -179,8 +201,7 @@ def finish(out, options, tokenizer, pairs, judged, answers):
 def read_run(path):
     """The object of a run.json. Raises BadInput where it is not what `begin` wrote."""
     try:
-        with open(path, encoding="utf-8") as file:
-            run = json.load(file)
+        run = json.loads(content(path) or b"")
         if isinstance(run["identity"], dict):
             return run
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -199,7 +220,8 @@ def write_json(path, value):
 def write(path, text):
     """Write a file, whole or not at all."""
     # What the command line has that is no UTF-8 is written as it was.
-    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
+    outdir.check(os.path.dirname(path))
+    with naming(path), open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

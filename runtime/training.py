@@ -9,7 +9,7 @@ import os
 import torch
 
 from files.errors import BadInput
-from runtime import checkpoint, shards
+from runtime import checkpoint, outdir, shards
 from runtime.failures import RunFailed
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import say
@@ -82,6 +82,7 @@ def save(run, training):
         "position": position * run.options.batch_size,
     }
     tensors = training_state(training.net, training.optimiser)
+    on_rank_0(lambda: outdir.check(run.out))
     for log in (run.metrics, run.samples):
         on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)

@@ -211,6 +211,12 @@ def test_no_weights_at_all(good):
     refused(good, "no safetensors weights: neither model.safetensors nor")
 
 
+def test_sizes_are_looked_at_first(good):
+    os.truncate(good / "config.json", 2**30)
+    with pytest.raises(BadInput, match="config.json: has 1074 MB, more than such a file ever has"):
+        model.read_config(good)
+
+
 def test_fifos_and_devices_are_not_opened(good):
     os.remove(good / WEIGHTS)
     os.mkfifo(good / WEIGHTS)
