@@ -635,8 +635,8 @@ def tell_results(run, inputs, logps, answers, guide_source):
             answers[name] = answer(run, net, inputs)
             del net
             release(run)
-    shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
-    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide", "centre")}
+    part = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
+    logps |= {name: logps[name] and logps[name][part] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
     judgements, gold = judged(run.options, pairs, logps), {}
     if run.options.model == str(option_table.TINY / "model"):
