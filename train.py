@@ -60,7 +60,7 @@ from runtime.losses import LOSSES
 from runtime.metrics import Metrics
 from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
-from runtime.progress import Progress, say
+from runtime.progress import Progress, say, shown, words
 from runtime.shards import local_rows
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
@@ -79,7 +79,6 @@ DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and pa
 SETTINGS = (
     "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
 ).split()
-SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
 
 class Run(NamedTuple):
@@ -422,6 +421,7 @@ def train(run, stage, directory):
         net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay, fused=True
     )
     training = Training(stage.loss, net, optimiser, *preview.steps(options, len(stage.pairs)))
+    say(preview.stages(options, len(stage.pairs))[-1 if stage.loss == options.loss else 0], run.rank)
     resume(run, training)
     stop_if_told(run, state="nothing to save yet")  # from here on a signal waits for the end of a step
     bar, final = Progress(training.total, stage.loss, run.rank, start=training.step), None
@@ -434,7 +434,7 @@ def train(run, stage, directory):
         if over:
             break
         row = next_step(run, stage, training)
-        bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
+        bar.advance(1, **shown(row))
         if due(training, options.save_every):
             save(run, training)
         heed(run, training)
@@ -487,6 +487,7 @@ def evaluate(run, stage, training):
     found = log_probs(run, training.net, stage.eval_pairs, "evaluation", lambda run: heed(run, training), side_job=True)
     row = figures(run, stage, found) | flops.speed(run.device, run.world, stage.eval_pairs, began)
     run.metrics.write({"stage": stage.loss, "step": training.step, "eval": True} | row)
+    say(f"{stage.loss} {training.step}/{training.total} held out  {words(shown(row))}", run.rank)
     return found
 
 
@@ -608,7 +609,8 @@ def begin(options, ranks, out, inputs):
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
     beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
-    for line in preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
+    ahead = [] if options.dry_run else preview.stages(options, len(pairs))
+    for line in ahead + preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
         on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))
@@ -723,16 +725,43 @@ def tell_results(run, inputs, logps, answers, guide_source):
             answers[name] = answer(run, net, inputs)
             del net
             release(run)
-    shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
-    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide", "centre")}
+    part = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
+    logps |= {name: logps[name] and logps[name][part] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
-    judgements = judged(run.options, pairs, logps)
+    judgements, gold = judged(run.options, pairs, logps), {}
     run.signals.finish()
-    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))
+    if run.options.model == str(option_table.TINY / "model"):
+        models = {"ref": inputs.source, "guide": guide_source, "policy": os.path.join(run.out, "policy")}
+        gold = on_rank_0(lambda: gold_figures(inputs, models, run.options.sample_tokens))
+    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers, gold))
     if report:
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
     on_rank_0(lambda: results.end(run.out, run.options))
+
+
+@torch.no_grad()
+def gold_figures(inputs, directories, longest):
+    """{model: {gold, wins, kl}} of the bundled example, whose true reward is known: of two replies that each model
+    draws to each prompt, their gold reward, how often it is above the reference's (a tie is half), and log pi/pi_ref.
+    directories: {ref, guide (or None), policy -> the model's}; longest: a reply, in tokens."""
+    try:
+        from examples.tiny.language import gold_reward
+    except ImportError:
+        return {}
+    stop, pairs = set(inputs.tokenizer.end_ids), inputs.eval_pairs or inputs.pairs[:256]
+    nets = {name: model.load_model(directory) for name, directory in directories.items() if directory}
+    asked, golds, figures = [pair.prompt.tolist() for pair in pairs for _ in range(2)], {}, {}
+    for name, net in nets.items():
+        drawn = model.generate(net, asked, longest, stop, 1.0, torch.Generator().manual_seed(0))
+        texts = (inputs.tokenizer.decode([i for i in ids if i not in stop]) for ids in drawn)
+        golds[name] = gold = np.array([gold_reward(text) for text in texts])
+        replies = [np.array(ids, np.int32) for ids in drawn]
+        pack = data.collate([p._replace(chosen=a, rejected=b) for p, a, b in zip(pairs, replies[::2], replies[1::2])])
+        moved = net(pack.tokens, pack).sum() - nets["ref"](pack.tokens, pack).sum()
+        wins = (np.sign(gold - golds["ref"]) + 1).mean() / 2
+        figures[name] = {"gold": gold.mean().item(), "wins": wins.item(), "kl": moved.item() / len(drawn)}
+    return figures
 
 
 def after_export(run):

@@ -56,7 +56,7 @@ FOLLOWS = {
 }
 EXAMPLES = """\
 examples:
-  python train.py                                   the bundled tiny example, about two minutes on a laptop
+  python train.py                                   the bundled tiny example, under a minute on two cores
   python train.py --data pairs.jsonl --dry-run      look at your pairs and at the plan, train nothing
   python train.py --model meta-llama/Llama-3.2-1B-Instruct --data pairs.jsonl --eval-fraction 0.02
   torchrun --nproc_per_node 8 train.py --config recipes/my.toml --out runs/first

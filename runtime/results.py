@@ -22,6 +22,10 @@ from runtime.disk import content, fsync, remove, stands, unreadable, whole
 from runtime.losses import LOSSES
 from runtime.progress import say
 
+GOLD = """\
+Read gold, the true reward of sampled replies, against KL, its price; wins: how often it is above the reference's.
+Only this example knows them, and no training saw them. Accuracy counts noisy labels, one in ten wrong."""
+
 
 def foresee_space(out, options, config, width, pairs, eval_pairs):
     """Raises BadInput unless the disk of `out` holds what the run will write, beside what it has already.
@@ -154,11 +158,11 @@ def guide_digest(directory, run, check):
     return digest
 
 
-def finish(out, options, tokenizer, pairs, judged, answers):
+def finish(out, options, tokenizer, pairs, judged, answers, gold):
     """Write tokens.jsonl and samples.json, print the table and the answers.
 
     pairs: the evaluation pairs (without any, training pairs); judged: as train.judged yields it, pair by pair;
-    answers: name -> [(prompt, answer)]."""
+    answers: name -> [(prompt, answer)]; gold: as train.gold_figures gives it, {} where no true reward is known."""
     figures = {}  # model -> what the table averages, a dict a pair
     with whole(os.path.join(out, "tokens.jsonl")) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for i, (pair, (losses, tokens)) in enumerate(zip(pairs, judged)):
@@ -169,12 +173,16 @@ def finish(out, options, tokenizer, pairs, judged, answers):
     table = [
         {"model": "reference" if name == "ref" else name}
         | {figure: statistics.fmean(pair[figure] for pair in values) for figure in values[0]}
+        | gold.get(name, {})
         for name, values in figures.items()
     ]
     figure = "log-ratio" if "ref" in figures else "log p"
-    say(f"\n{len(pairs)} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
-    for row in table:
-        say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(*row.values()))
+    heads = ("accuracy", "margin", f"{figure} chosen", f"{figure} rejected", *("gold", "wins", "KL")[: 3 * bool(gold)])
+    say(f"\n{f'{len(pairs)} pairs':<12}" + "".join(f"{head:>{max(8, len(head) + 3)}}" for head in heads))
+    for model, *numbers in map(dict.values, table):
+        say(f"  {model:<10}" + "".join(f"{x:>{max(8, len(head) + 3)}.3f}" for head, x in zip(heads, numbers)))
+    if gold:
+        say(GOLD)
     if falls := [row["model"] for row in table if row.get("logratio_chosen", 0) < 0]:
         say(
             f"  note: {' and '.join(falls)} find the chosen responses, too, less likely than the reference does: "
@@ -190,7 +198,7 @@ def finish(out, options, tokenizer, pairs, judged, answers):
             say(f"  {name:<10}{text!r}")
     write_json(os.path.join(out, "samples.json"), samples)
     path = os.path.join(out, "run.json")
-    write_json(path, read_run(path) | {"table": table})
+    write_json(path, read_run(path) | {"table": table, "table_pairs": len(pairs)})
     for name in ("guide", "policy"):
         add_figures(os.path.join(out, name), table)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import data
 import model
+import train
 from examples.tiny import language, make
 from files.tokenizer import load_tokenizer
 from runtime import options
@@ -57,6 +60,11 @@ def test_gold_reward_by_hand(text, reward):
 def test_gold_rewards_stand_on_the_last_token_of_each_word():
     pieces = ["The", " ", "h", "ost", " was", " not", " care", "less", ".", " Zz", "z", ""]
     assert language.gold_rewards(pieces) == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, -1, 0]
+
+
+def test_the_language_stands_alone():
+    text = (TINY / "language.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)) == {"itertools", "re"}
 
 
 def test_gold_reward_never_looks_ahead():
@@ -160,6 +168,75 @@ def test_recipe_is_what_a_run_without_arguments_takes():
     assert resolved.model == str(TINY / "model") and resolved.data == (str(TINY / "train.jsonl"),)
     for name, value in options.read_toml(TINY / "recipe.toml").items():
         assert getattr(resolved, name) == value
+
+
+def replies_by_hand(directory, prompts, ends):
+    """Two replies to each prompt, drawn without a cache, and log pi of each, from all logits of one row at a time."""
+    net = model.load_model(str(directory))
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    drawn = rerun.generate(net, asked, 24, ends, 1.0, torch.Generator().manual_seed(0))
+    return net, list(zip(asked, drawn))
+
+
+def logp(net, prompt, reply):
+    with torch.no_grad():
+        rows = net(torch.tensor([prompt + reply]))[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return rows[range(len(reply)), reply].sum().item()
+
+
+def test_the_first_screen_says_what_will_happen_and_the_true_reward(tmp_path, capsys):
+    for name, count in (("train", 64), ("held_out", 5)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(f"{name}.jsonl")[:count])
+        )
+    given = [
+        "--data",
+        str(tmp_path / "train.jsonl"),
+        "--eval-data",
+        str(tmp_path / "held_out.jsonl"),
+        "--eval-every",
+        "1",
+    ]
+    given += ["--max-steps", "2", "--samples", "1", "--sample-tokens", "24"]
+    assert train.main([*given, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    first, second = "stage 1 of 2: training the guide with DPO, 2 steps\n", "training the policy with TGDPO, 2 steps\n"
+    assert told.startswith(first + "stage 2 of 2: " + second) and told.count(first) == told.count(second) == 2
+
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in metrics if row.get("eval")):  # as they come, with plain DPO's margin and accuracy
+        figures = f"margin {row['dpo_margin']:.4f}  accuracy {row['dpo_accuracy']:.1%}"
+        assert f"{row['stage']} {row['step']}/2 held out  loss {row['loss']:.4f}  {figures}" in told
+    assert told.index("dpo 1/2 held out") < told.index("dpo 2/2 ") < told.index("tgdpo 1/2 held out")
+
+    tokenizer = load_tokenizer(str(TINY / "model"))
+    prompts = [p.prompt.tolist() for p in data.load_pairs([str(tmp_path / "held_out.jsonl")], tokenizer, 256, 200)[0]]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["table_pairs"] == len(prompts) == 5
+    ref, firsts = replies_by_hand(TINY / "model", prompts, {make.END})
+    for row, directory in zip(run["table"], (TINY / "model", tmp_path / "out" / "guide", tmp_path / "out" / "policy")):
+        net, replies = replies_by_hand(directory, prompts, {make.END})
+        reward = lambda ids: language.gold_reward(tokenizer.decode([i for i in ids if i != make.END]))
+        gold, before = ([reward(ids) for _, ids in drawn] for drawn in (replies, firsts))
+        wins = [(a > b) + (a == b) / 2 for a, b in zip(gold, before)]
+        moved = [logp(net, *reply) - logp(ref, *reply) for reply in replies]
+        expected = {"gold": sum(gold) / 10, "wins": sum(wins) / 10, "kl": sum(moved) / 10}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4), row["model"]
+        assert f"  {row['model']:<10}" in told
+    assert "gold    wins      KL\n" in told and "Read gold, the true reward" in told
+
+    shutil.copytree(TINY / "model", tmp_path / "model")  # any other model has no true reward
+    more = ["--model", str(tmp_path / "model"), "--loss", "dpo", "--batch-size", "32", "--out", str(tmp_path / "other")]
+    assert train.main([*given, *more]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("training the policy with DPO, 2 steps\n") and "gold" not in told
+    assert all("gold" not in row for row in json.loads((tmp_path / "other" / "run.json").read_text())["table"])
+
+
+def test_help_and_readme_give_the_same_time():
+    readme = (TINY.parent.parent / "README.md").read_text(encoding="utf-8")
+    (time,) = re.findall(r"the bundled tiny example, (.*)", options.EXAMPLES)
+    assert f"The first takes {time}." in readme
 
 
 def test_study_in_its_quick_form(tmp_path, capsys):
