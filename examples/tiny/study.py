@@ -80,11 +80,14 @@ PART_ARMS = {  # the parts of --with, with and without the guide
     if alpha or not entry.tgdpo_only
 }
 ARMS = MAIN | RIVALS | PART_ARMS
+CONTROLS = dict(itertools.islice(RIVALS.items(), 8))
 # (arms, first seed, last seed), in the order of worth
 ORDER = (
     (MAIN, 0, 3),
-    (RIVALS, 0, 1),
+    (CONTROLS, 0, 0),
     (PART_ARMS, 0, 0),
+    (CONTROLS, 1, 1),
+    (RIVALS, 0, 1),
     (MAIN, 4, 7),
     (RIVALS, 2, 3),
     (PART_ARMS, 1, 3),
@@ -148,11 +151,14 @@ class Lab:
 
         return self.once((seed, "pairs"), sample)
 
+    def guide_file(self, seed, beta, epochs):
+        return self.work / f"guide-{seed}-{beta:g}-{epochs:g}.pt"
+
     def guide(self, seed, beta, epochs):
         """The model that DPO makes of the seed's pairs: stage 1. Kept as a file of weights."""
 
         def find():
-            path = self.work / f"guide-{seed}-{beta:g}-{epochs:g}.pt"
+            path = self.guide_file(seed, beta, epochs)
             if not path.exists():
                 for *_, net in fit(self, {"beta": beta, "epochs": epochs}, seed, (1,)):
                     write(path, net.state_dict())
@@ -169,14 +175,14 @@ class Lab:
         """The text of each token, '' for the end of the turn."""
         return ["" if i in self.ends else piece for i, piece in zip(ids, self.tokenizer.pieces(ids))]
 
-    def measure(self, net):
-        """The figures of one policy: over samples for held-out prompts (the same random numbers for every model), and
-        the summed log-ratios of the held-out pairs. kl is per reply, exact at each state of the samples."""
-        generator = torch.Generator().manual_seed(0)
-        prompts = [p for p in self.prompts for _ in range(2)]
+    def measure(self, net, every=1):
+        """The figures of one policy: over two samples for every so many-th held-out prompt (the same random numbers for
+        all models), and the log-ratios of the held-out pairs. kl is per reply, exact at each state of the samples."""
+        generator, asked = torch.Generator().manual_seed(0), self.prompts[::every]
+        prompts = [p for p in asked for _ in range(2)]
         replies = model.generate(net, prompts, SETTINGS["longest"], self.ends, 1.0, generator)
         arrays = [np.array(ids, np.int32) for ids in replies]
-        pairs = [data.Pair(np.array(p, np.int32), *arrays[2 * i : 2 * i + 2], "") for i, p in enumerate(self.prompts)]
+        pairs = [data.Pair(np.array(p, np.int32), *arrays[2 * i : 2 * i + 2], "") for i, p in enumerate(asked)]
         moved = [m - r for m, r in zip(logps(net, self.held_out), self.held_out_ref)]
         sides = [m.split([len(p.chosen), len(p.rejected)]) for m, p in zip(moved, self.held_out)]
         return {
@@ -358,7 +364,10 @@ def training(job):
                 line |= row
             else:
                 kept = {key: row[key] for key in ("loss", "f_nonpositive") if key in row}
-                line["curve"].append({"step": step} | kept | lab.measure(net))
+                whole = len(line["curve"]) == len(SETTINGS["points"]) - 1  # the end is measured on all prompts
+                line["curve"].append({"step": step} | kept | lab.measure(net, 1 if whole else 2))
+        if not arm:  # DPO itself is the guide of the others
+            write(lab.guide_file(seed, SETTINGS["beta"], 1), net.state_dict())
     except RunFailed as failure:
         line["failed"] = str(failure)
     return line
@@ -394,6 +403,7 @@ def main(argv=None):
     lines = [json.loads(line) for line in open(path)] if path.exists() else []
     done = {(line["arm"], line["seed"]) for line in lines}
     order = [(arm, seed) for arms, first, last in plan["order"] for seed in range(first, last + 1) for arm in arms]
+    order = list(dict.fromkeys(order))
     missing = [] if given.page_only else [job for job in order if job not in done]
     settings = json.loads(json.dumps({name: plan[name] for name in plan if name != "order"} | SETTINGS))
     if not (work / "start.json").exists():
