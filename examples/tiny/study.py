@@ -95,7 +95,7 @@ ORDER = (
 )
 FULL = {"pairs": 4096, "held_out": 256, "prompts": 256, "states": 1024, "rollouts": 16, "order": ORDER}
 QUICK = {
-    "pairs": 64,
+    "pairs": 32,
     "held_out": 8,
     "prompts": 4,
     "states": 4,
