@@ -256,7 +256,7 @@ def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
         say(f"{title} are in the cache: {kind}-{key}", run.rank)
         return list(found.split(lengths))
     net, second = sharded(directory, run, frozen=True), guide and sharded(guide, run, frozen=True)
-    found = log_probs(run, net, pairs, title, guide=second)
+    found = log_probs(run, net, pairs, title, **({"guide": second} if second else {}))
     del net, second
     release(run)
     wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
@@ -284,15 +284,16 @@ def loss_of(name, options, tensors):
     return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
 
 
-def pack_loss(stage, options, logp, pack, indices, tally, weights=1.0):
-    """The loss of each pair of a pack, times its weight: logp [R], indices of its pairs, weights [B] -> tgdpo.Loss of
+def pack_loss(stage, options, logp, pack, indices, tally):
+    """The loss of each pair of a pack, in training times its weight: logp [R], indices of its pairs -> tgdpo.Loss of
     [B]; figures go to the tally."""
     tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
     for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
         if frozen is not None:
             tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
     result = loss_of(stage.loss, options, tensors)
-    result = result._replace(losses=weights * result.losses)
+    weights = [stage.pairs[i].weight if i < len(stage.pairs) else 1.0 for i in indices]  # evaluation knows none
+    result = result._replace(losses=torch.tensor(weights, device=logp.device) * result.losses)
     tally.add(result, tensors["lengths"])
     return result
 
@@ -356,8 +357,7 @@ def optimiser_step(run, net, optimiser, stage, batch):
         pack = to_device(data.collate([stage.pairs[i] for i in indices] or [FILLER]), run.device)
         logp = net(pack.tokens, pack)  # [R]
         if indices:
-            weights = torch.tensor([stage.pairs[i].weight for i in indices], device=run.device)  # [B]
-            result = pack_loss(stage, run.options, logp, pack, indices, tally, weights)
+            result = pack_loss(stage, run.options, logp, pack, indices, tally)
             losses.append((indices, result.losses.detach()))
             loss = result.losses.sum() * (run.world / len(batch))  # fully_shard averages over the ranks
         else:

@@ -70,6 +70,7 @@ class Pair(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
     source: str
+    weight: float = 1.0
 
 
 def make_pairs(count, vocab, divisor=1, seed=0, longest=2048):

@@ -193,7 +193,7 @@ def composed(
     alpha=0.0,
     guide_beta: float | None = None,
 ) -> Composed:
-    """link(beta g(sum u c)_w - beta g(sum u c)_l + offsets) + terms, pair by pair.
+    """D21: link(beta g(sum u c)_w - beta g(sum u c)_l + offsets) + terms, pair by pair.
 
     policy, ref, guide: as in tgdpo.tgdpo_loss; guide None: dpo, f = 1. lengths: (chosen, rejected), B numbers each.
     parts: at most one link and one divergence. Only the policy receives a gradient.

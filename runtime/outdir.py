@@ -77,6 +77,11 @@ def _refuse(out, options):
             "give --resume, --overwrite or another directory"
         )
     if found and not marked(out):
+        if "run.json" in found:
+            raise BadInput(
+                f"--out {out}: {out}/run.json is damaged and nothing else there tells of a run, so neither --resume "
+                "nor --overwrite touches it; give another directory"
+            )
         raise BadInput(
             f"--out {out}: holds {', '.join(found)}, but nothing that tells of a run, so "
             f"--{'overwrite' if options.overwrite else 'resume'} touches none of it; give another directory"

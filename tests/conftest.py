@@ -1,10 +1,12 @@
 """The tests run from a clone, without an installation: the project's root is put on the path."""
 
+import os
 import pathlib
 import sys
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on two cores, and runs of several ranks
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 

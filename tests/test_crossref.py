@@ -7,17 +7,22 @@ from pathlib import Path
 import pytest
 from derive_text import ROOT, TEXT, sections
 
-import tgdpo
-
 SECTIONS = sections()
-# What tgdpo.py defines for its readers: {name: docstring}, in the file's order, and {name: the line it begins on}.
+
+
+def defined(file):
+    """What a file defines for its readers: {name: node}, in the file's order."""
+    found = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    return {node.name: node for node in found if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+
+
+# The page's functions: all of tgdpo.py, and the composition of parts. {name: docstring}, {name: FILE#Lline}.
 DEFINED = {
-    node.name: node
-    for node in ast.parse((ROOT / "tgdpo.py").read_text()).body
-    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    "tgdpo.py": defined("tgdpo.py"),
+    "neighbours/parts.py": {"composed": defined("neighbours/parts.py")["composed"]},
 }
-FUNCTIONS = {name: ast.get_docstring(node) for name, node in DEFINED.items()}
-LINES = {name: node.lineno for name, node in DEFINED.items()}
+FUNCTIONS = {name: ast.get_docstring(node) for found in DEFINED.values() for name, node in found.items()}
+PLACES = {name: f"{file}#L{node.lineno}" for file, found in DEFINED.items() for name, node in found.items()}
 TESTS = {
     path.name: re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     for path in (ROOT / "tests").glob("test_*.py")
@@ -62,7 +67,7 @@ def test_each_step_has_one_formula_few_lines_and_a_footer(label):
     code, tests = footer(label).split("Tests: ")
     assert links(code) and links(tests)
     for name, file in links(code):
-        assert file == "tgdpo.py" and label in labels(FUNCTIONS[name])
+        assert PLACES[name].startswith(f"{file}#") and label in labels(FUNCTIONS[name])
     assert any(name.startswith(f"test_{label}_") for name, _ in links(tests))
     assert f"| {label} |" in TEXT  # a row of the table of kinds
 
@@ -70,7 +75,8 @@ def test_each_step_has_one_formula_few_lines_and_a_footer(label):
 def test_each_function_stands_at_its_steps():
     for name, text in FUNCTIONS.items():
         for label in labels(text.split(":")[0]):
-            assert (name, "tgdpo.py") in links(footer(label)), f"{name} says {label}, whose footer lacks it"
+            place = (name, PLACES[name].split("#")[0])
+            assert place in links(footer(label)), f"{name} says {label}, whose footer lacks it"
 
 
 def test_theorems_are_the_papers_and_the_same_in_page_and_code():
@@ -89,7 +95,7 @@ def test_what_the_page_names_exists():
         if file.startswith("tests/"):
             assert name in TESTS[Path(file).name], f"{file} has no {name}"
         else:
-            assert file == "tgdpo.py" and hasattr(tgdpo, name)
+            assert name in DEFINED[file]
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert target.startswith("https://") or (ROOT / target.split("#")[0]).is_file(), f"{target} does not exist"
     for test in re.findall(r"\btest_\w+", TEXT):
@@ -101,11 +107,11 @@ def test_what_the_page_names_exists():
 
 
 def test_links_to_functions_go_to_their_lines():
-    found = re.findall(r"\[`(\w+)`\]\(tgdpo\.py(#L\d+)?\)", TEXT)
-    assert {name for name, _ in found} == set(LINES)
-    for name, line in found:
-        assert line == f"#L{LINES[name]}", f"[`{name}`](tgdpo.py{line}) should end in #L{LINES[name]}"
-    assert len(re.findall(r"tgdpo\.py#", TEXT)) == len(found)
+    found = re.findall(r"\[`(\w+)`\]\(((?:tgdpo|neighbours/parts)\.py(?:#L\d+)?)\)", TEXT)
+    assert {name for name, _ in found} == set(PLACES)
+    for name, place in found:
+        assert place == PLACES[name], f"[`{name}`]({place}) should be {PLACES[name]}"
+    assert len(re.findall(r"\.py#", TEXT)) == len(found)
 
 
 def test_the_summary_repeats_results_of_the_steps():

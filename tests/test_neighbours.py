@@ -5,6 +5,10 @@ import random
 
 import pytest
 import torch
+from derive_text import quoted
+from pytest import approx
+from test_derivation import TREE, policy, probabilities, rng, sequence_optimal, table, total
+from test_loss import GUIDE, POLICY, REF
 
 import tgdpo
 from files.errors import BadInput
@@ -23,13 +27,14 @@ def models(dtype=torch.float64):
     return [tuple(-3 * torch.rand(mask.shape, dtype=dtype) * mask for mask in real) for _ in range(3)]
 
 
-def loss(words, policy, ref, guide=None, alpha=ALPHA):
-    chosen = []
-    for name, number in read(words).items():
-        part = PARTS[name]
-        chosen.append(neighbours.Chosen(part.kind, getattr(neighbours, part.function), part.takes, number))
+def chosen(words):
+    parts = [(PARTS[name], number) for name, number in read(words).items()]
+    return [neighbours.Chosen(p.kind, getattr(neighbours, p.function), p.takes, number) for p, number in parts]
+
+
+def loss(words, policy, ref, guide=None, alpha=ALPHA, lengths=LENGTHS):
     more = {"alpha": alpha, "guide_beta": GUIDE_BETA} if guide else {}
-    return neighbours.composed(chosen, policy, ref, guide, LENGTHS, BETA, **more)
+    return neighbours.composed(chosen(words), policy, ref, guide, lengths, BETA, **more)
 
 
 def by_hand(words, policy, ref, guide=None):
@@ -137,6 +142,50 @@ def test_a_tokens_gradient_is_minus_beta_u_sigma_of_minus_z():
     expected = -BETA * found.u[0] * torch.sigmoid(-(found.phi - 0.5))[:, None]
     real = torch.arange(5) < torch.tensor(LENGTHS[0])[:, None]
     torch.testing.assert_close(gradient[real], expected[real].detach())
+
+
+def test_D21_the_identity_beside_token_weights():
+    """With v the weights without f: the guidance adds alpha beta sum v r_hat rho, and is blind only where v is."""
+    swap = lambda sides: (sides[1], sides[0])
+
+    def added(words, swapped=False):
+        p, r, g = (swap(sides) if swapped else sides for sides in (POLICY, REF, GUIDE))
+        lengths = ([1], [2]) if swapped else ([2], [1])
+        with_guide = neighbours.composed(chosen(words), p, r, g, lengths, 0.5, 1.0)
+        without = neighbours.composed(chosen(words), p, r, None, lengths, 0.5)
+        return without.phi.item(), (with_guide.phi - without.phi).item()
+
+    plain, term = added(["decay=0.5"])
+    assert quoted("D21", plain) == approx(0.5 * (0.5 * 1 + 0.25 * 0.5 + 0.5 * 0.4))
+    assert quoted("D21", term) == approx(0.5 * (0.5 * 0.4 * 1 - 0.25 * 0.2 * 0.5 - 0.5 * 0.5 * 0.4))
+    quoted("D21", plain + term)
+    assert added(["decay=0.5"], swapped=True)[1] == approx(term)
+    assert quoted("D21", added(["shift=0.5"])[1]) == approx(0.5 * (0.4 - 0.1 - 0.5 * 0.2))
+    assert quoted("D21", added(["shift=0.5"], swapped=True)[1]) == approx(0.5 * (0.5 * (0.4 - 0.1) - 0.2))
+    for words in (["ld=0.3"], ["norm", "decay"], ["shift"], ["select"]):  # the formula, on pairs of many tokens
+        p, r, g = models()
+        found, zero = (loss(words, p, r, g, alpha) for alpha in (ALPHA, 0.0))
+        parts = [(v * r_hat * (a - b)).sum(-1) for v, r_hat, a, b in zip(zero.u, found.r_hat, p, r)]
+        term = found.phi - zero.phi
+        torch.testing.assert_close(term, ALPHA * BETA * (parts[0] + parts[1]))
+        ends = [loss(words, *map(swap, (p, r, g)), alpha, swap(LENGTHS)).phi for alpha in (ALPHA, 0.0)]
+        assert torch.allclose(ends[0] - ends[1], term) == (words[0] not in ("shift", "select"))
+
+
+def test_D21_the_length_offset_by_enumeration():
+    """The optimum for r - a T has the margins r_w - r_l only with + a (T_w - T_l), over all pairs of a small tree."""
+    draw = rng(5)
+    ref, reward, a = policy(draw), table(draw), 0.3
+    best = sequence_optimal(ref, reward - a, BETA)  # every token costs a
+    assert math.fsum(probabilities(best)) == approx(1)
+    column = lambda values, y: torch.tensor([[values[s, action].item() for s, action in y]], dtype=torch.float64)
+    for w in TREE.responses[:6]:
+        for y in TREE.responses[6:]:
+            sides = [tuple(column(logp, one) for one in (w, y)) for logp in (best, ref)]
+            phi = neighbours.composed(chosen([f"length={a}"]), *sides, None, ([len(w)], [len(y)]), BETA)
+            expected = total(reward, w) - total(reward, y)
+            assert phi.losses.item() == approx(math.log1p(math.exp(-expected)))
+            assert phi.phi.item() == approx(expected - a * (len(w) - len(y)))
 
 
 def test_alpha_divergence_stays_finite():
