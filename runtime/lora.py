@@ -77,7 +77,7 @@ def start(net, seed, local=shards.local_rows):
 @torch.no_grad()
 def merged(net, dtype, keep):
     """(name, tensor) of every parameter of the base, W + scale · B A where there are adapters: summed in float32, then
-    of `dtype`, which rounds; on ranks with `keep`, None on the others. Collective; one tensor after the other is made."""
+    of `dtype`, on ranks with `keep`; None on the others. Collective; one tensor after the other is made."""
     linears, passed = adapted(net), names(net)
     for name, parameter in net.named_parameters():
         linear = linears.get(name.removesuffix(".weight"))
