@@ -10,9 +10,11 @@ import fnmatch
 import glob
 import os
 import re
+import sys
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import disable_progress_bars
 
 from files.errors import BadInput, brief, some
 
@@ -27,10 +29,10 @@ MODEL_ID = re.compile(rf"({PART}/{PART})(?:@([^:\s]+))?")
 DATA_ID = re.compile(rf"({PART}/{PART})(?:@([^:\s]+))?(?::([\w.-]+))?")
 
 
-def model_directory(name):
+def model_directory(name, weights=True):
     """A directory, or a Hub id `org/name` or `org/name@revision` -> absolute path of a model's directory.
 
-    Of a Hub model only safetensors, json and tokenizer files are fetched.
+    Of a Hub model only safetensors, json and tokenizer files are fetched; weights: whether the safetensors are.
     Raises BadInput: no such directory or model, no permission, no network.
     """
     if os.path.isdir(name):
@@ -43,9 +45,12 @@ def model_directory(name):
     repo, revision = match.groups()
     with explained(name, "model"):
         directory = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=MODEL_SKIPPED
+            repo,
+            revision=revision,
+            allow_patterns=MODEL_FILES if weights else MODEL_FILES[1:],
+            ignore_patterns=MODEL_SKIPPED,
         )
-    if not any(file.endswith(".safetensors") for file in os.listdir(directory)):
+    if weights and not any(file.endswith(".safetensors") for file in os.listdir(directory)):
         raise BadInput(f"{name}: the Hub model has no .safetensors weights; only those are read, never pickles")
     return directory
 
@@ -146,7 +151,9 @@ def split_files(name, paths, configs, split):
 
 @contextlib.contextmanager
 def explained(name, kind):
-    """Turns what huggingface_hub raises into one line: what, and the mend."""
+    """Turns what huggingface_hub raises into one line: what, and the mend. Its progress bars are for terminals."""
+    if not (sys.stderr and sys.stderr.isatty()) and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()
     try:
         yield
     except BadInput:

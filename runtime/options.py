@@ -13,18 +13,19 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import hashlib
 import json
 import math
 import operator
 import os
 import pathlib
 import re
-import signal
 import sys
 import textwrap
 import tomllib
 import typing
 
+from files.config import ARCHITECTURES
 from files.errors import BadInput, brief
 from runtime import parts
 from runtime.losses import LOSSES
@@ -35,13 +36,14 @@ SAVED = "# Resolved options of a run, written by train.py. `python train.py --co
 LARGEST = 2**31 - 1
 GROUPS = {
     "Model": "Three models share one tokenizer: the reference (--model), the policy that starts as its copy, "
-    "and a guide. Each is a Hugging Face directory or a Hub id.",
+    "and a guide. Each is a Hugging Face directory or a Hub id, of "
+    + "; ".join(known.models for known in ARCHITECTURES.values()),
     "Data": "Preference pairs: a prompt, a chosen and a rejected answer. README.md shows a row of each form.",
     "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",
     "Output": "What a run leaves, and where.",
-    "Checkpoints": "Also written at the end, and on a signal: SIGTERM and SIGINT then end the run, a second "
-    "one at once; after SIGUSR1 it goes on.",
+    "Checkpoints": "Also written at the end, and on a signal: SIGTERM, SIGINT and SIGHUP then end the run, "
+    "a second one at once; after SIGUSR1 it goes on.",
     "Machine": "These change speed and memory, not the method. The defaults look at the device.",
 }
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
@@ -54,7 +56,7 @@ FOLLOWS = {
 }
 EXAMPLES = """\
 examples:
-  python train.py                                   the bundled tiny example, about two minutes on a laptop
+  python train.py                                   the bundled tiny example, under a minute on two cores
   python train.py --data pairs.jsonl --dry-run      look at your pairs and at the plan, train nothing
   python train.py --model meta-llama/Llama-3.2-1B-Instruct --data pairs.jsonl --eval-fraction 0.02
   torchrun --nproc_per_node 8 train.py --config recipes/my.toml --out runs/first
@@ -205,13 +207,27 @@ class Options:
     eval_every: int = _option("Output", 0, "steps between evaluations; 0: only at the end of a stage", least=0)
     samples: int = _option("Output", 3, "prompts that the models answer at the end", least=0)
     sample_tokens: int = _option("Output", 64, "longest such answer, in tokens", least=1)
+    sample_every: int = _option(
+        "Output", 0, "steps between such answers of the model in training, into samples.jsonl; 0: at the end", least=0
+    )
+    log_to: tuple[str, ...] = _option(
+        "Output",
+        (),
+        "what metrics.jsonl holds, the configuration and the samples go there too; to be installed by you [none]",
+        choices=("tensorboard", "wandb"),
+    )
     report_pairs: int = _option("Output", 200, "pairs shown token by token in report.html", least=0)
     dry_run: bool = _option("Output", False, "load, check, show a pair, the steps and the memory plan; train nothing")
 
     save_every: int = _option(
         "Checkpoints", 100, "steps between checkpoints; 0: only at the end and on a signal", least=0
     )
-    keep: int = _option("Checkpoints", 2, "how many of the newest complete checkpoints stay", least=1)
+    keep: int = _option(
+        "Checkpoints",
+        2,
+        "how many of the newest complete checkpoints stay; 0: one while the run goes on, none once it has ended well",
+        least=0,
+    )
     resume: bool = _option(
         "Checkpoints", False, "go on from the newest complete checkpoint of --out, or start where there is none"
     )
@@ -292,7 +308,7 @@ def resolve(argv):
         with contextlib.suppress(FileNotFoundError):
             chosen |= _carry(read_toml(TINY / "recipe.toml"), loss)
     chosen |= _carry(settings, loss) | given
-    _refuse_contradictions(chosen, loss)
+    _refuse_contradictions(chosen, loss, {name: _shown(config, most=1000) for name in settings.keys() - given.keys()})
 
     if "eval_data" not in chosen and "data" not in chosen and not chosen.get("eval_fraction"):
         chosen["eval_data"] = (str(TINY / "held_out.jsonl"),)
@@ -316,9 +332,7 @@ def resolve(argv):
 
 
 def answer_early(argv):
-    """For the first lines of a script, before its slow imports: --help and bad options end it here, and Ctrl-C ends it
-    without a traceback until the run has its own way with signals."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """For the first lines of a script, before its slow imports: --help and bad options end it here."""
     try:
         resolve(argv)
     except BadInput as error:
@@ -329,7 +343,7 @@ def answer_early(argv):
 
 def to_toml(options):
     """Options -> the text of config.toml, which read_toml takes back. What is not set is left out."""
-    lines, group = [SAVED], None
+    lines, group = [], None
     for name, field in FIELDS.items():
         value = getattr(options, name)
         if value is None or value == () or name in NOT_SAVED:
@@ -340,7 +354,18 @@ def to_toml(options):
             group = field.metadata["group"]
             lines.append(f"\n# {group}\n")
         lines.append(f"{name.strip('_')} = {_toml_value(value)}\n")
-    return "".join(lines)
+    return _signed("".join(lines))
+
+
+def is_as_saved(text):
+    """Whether a file's bytes are as to_toml gave them, and no person has edited them since."""
+    first, _, rest = text.decode(errors="replace").partition("\n")
+    return first + "\n" == SAVED and _signed(rest.partition("\n")[2]).encode() == text
+
+
+def _signed(body):
+    """The text of a config.toml: what it is, a digest that shows whether it is as it was written, and the options."""
+    return f"{SAVED}# {hashlib.sha256(body.encode()).hexdigest()[:16]} as long as nothing below is edited\n{body}"
 
 
 def read_toml(path, flag=""):
@@ -398,7 +423,8 @@ def parser():
         "whose token-level reward is guided by a second model. With no options it runs the\n"
         "bundled example.",
     )
-    made.add_argument("--config", metavar="FILE.toml", help="read options from this file; flags override it")
+    config = "read options from this file; flags override it"
+    made.add_argument("--config", metavar="FILE.toml", action="append", help=config)
     groups = {title: made.add_argument_group(title, textwrap.fill(text, 76)) for title, text in GROUPS.items()}
     for name, field in FIELDS.items():
         kind, said = KINDS[name], field.metadata
@@ -430,7 +456,9 @@ def _read_flags(argv):
     if unknown:
         raise BadInput(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
     given = vars(known)
-    config = given.pop("config", None)
+    config, *more = given.pop("config", [None])
+    if more:
+        raise BadInput(f"--config is given {1 + len(more)} times; give one file, and flags for what differs")
     for name, value in given.items():
         where = flag_of(name)
         if KINDS[name] is not bool:
@@ -469,9 +497,10 @@ def _checked(name, value, where):
         _check_text(text, where)
     if name == "columns":
         _columns_checked(value, where)
-    if "choices" in limits and value not in limits["choices"]:
-        near = _nearest(value, limits["choices"])
-        raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
+    for one in value if kind is tuple else (value,):
+        if "choices" in limits and one not in limits["choices"]:
+            near = _nearest(one, limits["choices"])
+            raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
     if name == "with_":
         parts.read(value, where)
     if name == "name" and not re.fullmatch(r"[\w+-][\w.+-]*", value):
@@ -493,20 +522,32 @@ def _check_text(text, where):
     return text
 
 
-def _refuse_contradictions(chosen, loss):
+def _refuse_contradictions(chosen, loss, files):
+    """files: {option: the file that set it}, where no flag did."""
+    called = {name: f"{files[name]}: {name.strip('_')}" if name in files else flag_of(name) for name in FIELDS}
+
+    def said(name):
+        value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
+        return f"{called[name]} {'= ' if name in files else ''}{value}"
+
     for name in ignored(loss):
         if name in chosen:
-            value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
-            raise BadInput(f"{flag_of(name)} {value}: --loss {loss} has no use for it; leave it out")
-    parts.refuse_without_guide(chosen.get("with_"), loss)
+            by = "loss" if "loss" in files else "--loss"
+            raise BadInput(f"{said(name)}: {by} {loss} has no use for it; leave it out")
+    parts.refuse_without_guide(chosen.get("with_"), loss, called["with_"])
     longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
-        raise BadInput(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
+        where = said("max_prompt_length")
+        raise BadInput(f"{where}: must be less than {called['max_length']}, which is {longest}")
     if chosen.get("resume") and chosen.get("overwrite"):
-        raise BadInput("--resume and --overwrite: one goes on with a run, the other removes it; give one")
+        raise BadInput(
+            f"{called['resume']} and {called['overwrite']}: one goes on with a run, the other removes it; give one"
+        )
     if chosen.get("eval_data") and chosen.get("eval_fraction"):
-        raise BadInput("--eval-data and --eval-fraction: the fraction is for runs without it; give one")
+        raise BadInput(
+            f"{called['eval_data']} and {called['eval_fraction']}: the fraction is for runs without it; give one"
+        )
 
 
 def _carry(settings, loss):

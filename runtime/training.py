@@ -1,6 +1,6 @@
 """A stage on its way: how far it is, its checkpoints, and the signals it follows between two steps.
 
-`run` is train.py's: options, out, rank, world, signals, metrics and identity are read of it.
+`run` is train.py's: options, out, rank, world, signals, metrics, samples and identity are read of it.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import os
 import torch
 
 from files.errors import BadInput
-from runtime import checkpoint, shards
+from runtime import checkpoint, outdir, shards
 from runtime.failures import RunFailed
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import say
@@ -55,7 +55,8 @@ def resume(run, training):
             checkpoint.tidy(newest, options.keep)  # else the next save does it
     elif options.resume:
         say(f"{loss}: nothing complete to resume from: starting from the beginning", run.rank)
-    run.metrics.keep_until(loss, training.step)
+    for log in (run.metrics, run.samples):
+        log.keep_until(loss, training.step)
 
 
 def save(run, training):
@@ -81,7 +82,9 @@ def save(run, training):
         "position": position * run.options.batch_size,
     }
     tensors = training_state(training.net, training.optimiser)
-    on_rank_0(run.metrics.sync)  # a resumed run's metrics are then those of the run never stopped
+    on_rank_0(lambda: outdir.check(run.out))
+    for log in (run.metrics, run.samples):
+        on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
     training.saved = training.step
 

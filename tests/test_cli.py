@@ -106,7 +106,8 @@ def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, word
     refused(capfd, arguments(world, out, *more), *words, out=out)
 
 
-def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_modules_are_imported_leaves_no_traceback(tmp_path, number, status):
     program = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--out", tmp_path / "out"],
         cwd=tmp_path,
@@ -115,9 +116,32 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
         stderr=subprocess.PIPE,
     )
     time.sleep(0.5)
-    program.send_signal(signal.SIGINT)
+    program.send_signal(number)
     printed = program.communicate(timeout=60)
-    assert program.returncode == 130 and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
+    assert program.returncode == status and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
+
+
+def test_a_second_signal_while_modules_are_torn_down_changes_no_status():
+    """What waits then is as long as torch's own end."""
+    program = (
+        "import os, signal, sys, atexit; from runtime import supported; supported.end_at_once_when_told();"
+        "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (2, 15, 1)]); supported.end(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 7
+
+
+@pytest.mark.parametrize("more", [["-P"], ["-I"]])
+def test_a_python_that_does_not_look_beside_the_script(more):
+    done = subprocess.run([sys.executable, *more, ROOT / "train.py", "--epochs", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "train.py: error: --epochs 0: must be at least 1\n")
+
+
+@pytest.mark.linux("ulimit -v")
+def test_too_little_address_space_for_torch_is_one_line():
+    command = f"ulimit -v 600000; {sys.executable} {ROOT}/train.py"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    line = "train.py: error: memory is limited to 585 MiB of addresses (ulimit -v); it takes 2048 at least\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_a_bad_option_ends_the_program_before_torch_is_imported(tmp_path):
@@ -183,6 +207,8 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
         out=out,
     )
     assert line.startswith(f"train.py: error: --out {out}: ")
+    given = arguments(world, out, "--save-every", 1, "--keep", 0)  # the new one before the old one goes
+    refused(capfd, given, "2 checkpoints", out=out)
 
 
 @pytest.mark.parametrize("more", [(), ("--lora-rank", 2)])
@@ -209,7 +235,33 @@ def test_a_failed_overwrite_keeps_what_stood(world, capfd, tmp_path, out):
     before = sorted(str(path) for path in out.rglob("*"))
     make_pairs(tmp_path / "empty.jsonl", 0)
     refused(capfd, arguments(world, out, "--overwrite", "--data", tmp_path / "empty.jsonl"), "is empty")
+    shutil.copytree(world / "start", tmp_path / "bad")
+    weights = load_file(tmp_path / "bad/model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "bad/model.safetensors", {"format": "pt"})
+    refused(capfd, arguments(world, out, "--overwrite", "--model", tmp_path / "bad"), "values that are not finite")
     assert sorted(str(path) for path in out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_directory_that_is_taken_away_ends_the_run_with_one_line(world, capfd, tmp_path, monkeypatch, out, again):
+    """And nothing is written into the one that has its name by now."""
+    plain = train.optimiser_step
+
+    def step(*given):
+        if out.exists() and not (tmp_path / "moved").exists():
+            out.rename(tmp_path / "moved")
+            if again:
+                out.mkdir()
+                (out / ".lock").touch()
+        return plain(*given)
+
+    monkeypatch.setattr(train, "optimiser_step", step)
+    assert train.main(arguments(world, out)) == 1
+    words = "was replaced under this run by another one's" if again else "was removed or renamed under this run"
+    err = capfd.readouterr().err
+    assert words in err and err.count("\n") == 1, err
+    assert os.listdir(out) == [".lock"] if again else not out.exists()
 
 
 def test_two_runs_in_one_directory(world, capfd, tmp_path, out):
@@ -341,6 +393,44 @@ def test_a_context_shorter_than_max_length_is_warned_of(world, capfd, tmp_path, 
 # ------------------------------------------------------------------------------------------------------- data
 
 
+def test_a_guide_that_pulls_against_the_labels_and_a_chosen_that_falls(world, capfd, tmp_path):
+    """The guide of the right labels, beside the same pairs with their labels swapped."""
+    loss = ["--loss", "tgdpo", "--epochs", 6, "--report-pairs", 10]
+    assert train.main(arguments(world, tmp_path / "right", *loss)) == 0
+    told = {"right": capfd.readouterr().out}
+    swapped = ["--columns", "chosen=rejected", "rejected=chosen", "--guide", tmp_path / "right/guide"]
+    assert train.main(arguments(world, tmp_path / "swapped", *loss, *swapped)) == 0
+    told["swapped"] = capfd.readouterr().out
+    assert "worse than chance" not in told["right"]
+    assert "warning: the guide prefers the chosen response on 0.0% of the training pairs, worse" in told["swapped"]
+    fell = set()
+    for name, text in told.items():
+        table = json.load(open(tmp_path / name / "run.json"))["table"]
+        falls = [row["model"] for row in table if row["logratio_chosen"] < 0]
+        assert (f"note: {' and '.join(falls)} find the chosen" in text) == bool(falls) == ("note: " in text)
+        fell.add(bool(falls))
+    assert fell == {True, False}
+
+
+def test_pairs_that_are_trained_and_evaluated_on_are_counted(world, capfd, tmp_path, out):
+    """By what they say, not by the names of their files."""
+    both = tmp_path / "both.jsonl"
+    rows = (world / "pairs.jsonl").read_text().splitlines()[:4]
+    both.write_text("\n".join([*rows, '{"prompt": "new", "chosen": "a", "rejected": "b"}']))
+    for evaluated, words in (
+        (both, "4 of the 5 evaluation pairs are training pairs too, and tell nothing of what was not trained on\n"),
+        (world / "pairs.jsonl", "10 of the 10 evaluation pairs are training pairs too"),
+    ):
+        assert train.main(arguments(world, out, "--eval-data", evaluated, "--dry-run")) == 0
+        told = capfd.readouterr().out
+        assert f"warning: {words}" in told
+    assert f"; {world / 'pairs.jsonl'} is given as --data and as --eval-data" in told
+    both.write_text(rows[0])
+    assert train.main(arguments(world, out, "--data", both, "--eval-fraction", 0.3, "--dry-run")) == 2
+    assert train.main(arguments(world, out, "--eval-fraction", 0.3, "--dry-run")) == 0
+    assert "training pairs too" not in capfd.readouterr().out
+
+
 def bad_rows(path, bad, good=2):
     lines = [json.dumps({"prompt": "p", "chosen": None, "rejected": "r"})] * bad
     lines += [json.dumps({"prompt": "p", "chosen": f"c{i}", "rejected": "r"}) for i in range(good)]
@@ -377,6 +467,20 @@ def test_what_strangers_wrote_is_shown_not_sent(world, capfd, tmp_path, out):
 def test_fractions_held_back(world, capfd, tmp_path, fraction, kept, held, out):
     assert train.main(arguments(world, out, "--dry-run", "--eval-fraction", fraction)) == 0
     assert f"{kept} pairs to train on, {held} to evaluate on" in capfd.readouterr().out
+
+
+def test_columns_limit_and_max_steps_reach_the_plan(world, capfd, tmp_path, out):
+    """The weight is asked of no evaluation row, and --limit takes no evaluation pair away."""
+    train_rows = [{"q": "Hi", "a": f"yes {i}", "b": "no", "w": 2} for i in range(9)]
+    files = [tmp_path / "train.jsonl", tmp_path / "eval.jsonl"]
+    for path, name in zip(files, ("", "w")):
+        lines = [json.dumps({key: value for key, value in row.items() if key != name}) for row in train_rows]
+        path.write_text("\n".join(lines))
+    columns = ["--columns", "prompt=q", "chosen=a", "rejected=b", "weight=w"]
+    given = ["--data", files[0], "--eval-data", files[1], *columns, "--limit", 5, "--max-steps", 1, "--dry-run"]
+    assert train.main(arguments(world, out, *given)) == 0
+    told = capfd.readouterr().out
+    assert "5 pairs to train on, 9 to evaluate on; 1 steps of 4 pairs" in told
 
 
 def test_fewer_pairs_than_a_batch_and_than_ranks(world, capfd, tmp_path, out):
@@ -544,6 +648,7 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
             1,
             "[Errno 28] No space left on device: the disk is full; free",
         ),
+        (OSError(errno.ENOSPC, "No space left", "m.jsonl"), 1, "[Errno 28] No space left: 'm.jsonl': the disk is full"),
         (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
         (BadInput("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong"),
     ],

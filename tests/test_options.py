@@ -82,7 +82,7 @@ def test_the_recipes_and_configs_loss_settings_stay_with_their_loss(config):
     given = config("beta = 0.4\nalpha = 1\nguide = 'org/guide'\n")
     got = resolve(given + ["--loss", "dpo"])
     assert (got.beta, got.alpha, got.guide) == (0.4, None, None)
-    with pytest.raises(BadInput, match="--alpha 1.0: --loss dpo has no use for it"):
+    with pytest.raises(BadInput, match="my.toml: alpha = 1.0: loss dpo has no use for it"):
         resolve(config("loss = 'dpo'\nalpha = 1\n"))
 
 
@@ -340,6 +340,27 @@ def test_no_option_is_a_strict_prefix_of_one_of_torchruns():
     assert [(flag, other) for flag in ours for other in torchruns if other.startswith(flag)] == []
 
 
+def test_a_contradiction_of_a_file_is_told_by_its_key(tmp_path):
+    file = tmp_path / "a.toml"
+    for text, flags, words in (
+        ('loss = "dpo"\nalpha = 1', "", f"{file}: alpha = 1.0: loss dpo has no use for it"),
+        ("alpha = 1\nbeta = 1", "--loss dpo --alpha 2", "--alpha 2.0: --loss dpo has no use for it"),
+        (
+            "max_length = 9\nmax_prompt_length = 9",
+            "",
+            f"{file}: max_prompt_length = 9: must be less than {file}: max_le",
+        ),
+        ('eval_data = "x"', "--eval-fraction 0.2", f"{file}: eval_data and --eval-fraction: the fraction is for"),
+        ('loss = "dpo"\nwith = "clip"', "", f"{file}: with: clip: --loss dpo has no guide for it"),
+    ):
+        file.write_text(text)
+        with pytest.raises(BadInput) as caught:
+            options.resolve(["--config", str(file), *flags.split()])
+        assert str(caught.value).startswith(words)
+    with pytest.raises(BadInput, match="--config is given 2 times; give one file, and flags for what differs"):
+        options.resolve(["--config", str(file), "--config", "b.toml"])
+
+
 def test_help_needs_no_torch_and_bad_options_end_early():
     script = (
         "import sys; from runtime import options; options.answer_early(sys.argv[1:]);"
@@ -363,24 +384,25 @@ def test_help_needs_no_torch_and_bad_options_end_early():
     assert bad.stderr.startswith("train.py: error: unknown option --bta")
 
 
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ("learning-rate", "--lr"),
-        ("learning_rate", "--lr"),
-        ("per_device_train_batch_size", "--batch-size, which counts the pairs of a step over all ranks"),
-        ("cutoff-len", "--max-length"),
-        ("max-samples", "--limit"),
-        ("val-size", "--eval-fraction"),
-        ("output_dir", "--out"),
-    ],
-)
-def test_the_names_of_others_are_answered_with_ours(theirs, ours, config):
-    with pytest.raises(BadInput, match=f"unknown option --{theirs}; here it is {ours} "):
-        resolve([f"--{theirs}", "1"])
-    key = ours.split(",")[0].strip("-").replace("-", "_")
-    with pytest.raises(BadInput, match=f"unknown key {theirs}; here it is {key}"):
-        resolve(config(f"{theirs} = 1"))
+EACH = ", which counts the pairs of a step over all ranks"
+ELSEWHERE = """learning-rate lr, num-epochs epochs, num-train-epochs epochs, per-device-batch-size batch-size,
+per-device-train-batch-size batch-size, output-dir out, model-name-or-path model, dataset-name data,
+save-steps save-every, pref-beta beta, cutoff-len max-length, max-samples limit, val-size eval-fraction,
+lora-r lora-rank, report-to log-to, lr-scheduler-type schedule"""
+
+
+@pytest.mark.parametrize("names", ELSEWHERE.replace("\n", " ").split(", "))
+def test_the_names_of_others_are_answered_with_ours(names, config):
+    """With dashes or underscores, as flags and as TOML keys."""
+    theirs, ours = names.split()
+    each = EACH if ours == "batch-size" else ""
+    if ours.replace("-", "_") not in options.FIELDS:
+        pytest.skip(f"--{ours} is not here yet")
+    for theirs in (theirs, theirs.replace("-", "_")):
+        with pytest.raises(BadInput, match=f"unknown option --{theirs}; here it is --{ours}{each} "):
+            resolve([f"--{theirs}", "1"])
+        with pytest.raises(BadInput, match=f"unknown key {theirs}; here it is {ours.replace('-', '_')}{each}$"):
+            resolve(config(f"{theirs} = 1"))
 
 
 def test_columns_are_names_and_columns(config):
