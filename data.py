@@ -1,7 +1,7 @@
 """Preference records to token ids to batches.
 
-A row of a file becomes a prompt of messages and two replies (`preference_of`), and with the tokenizer's own chat
-template and vocabulary a `Pair` of token ids (`pair_of`). Pairs are put in order, dealt to ranks and laid out as a
+A row of a file is a prompt of messages and two replies (files/preferences.py), and becomes with the tokenizer's own
+chat template and vocabulary a `Pair` of token ids (`pair_of`). Pairs are put in order, dealt to ranks and laid out as a
 `Pack`, all tokens in one line without padding, in which a pair's prompt stands once for both responses.
 Letters: B pairs, N tokens, S segments (two a pair), M keys, R response tokens, V pieces.
 """
@@ -10,8 +10,6 @@ import collections
 import hashlib
 import heapq
 import itertools
-import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,21 +18,10 @@ import numpy as np
 import torch
 
 from files.errors import BadInput, BadRow, brief
+from files.preferences import fields_read, preference_of, renamed, weight_of
 from files.rows import read_rows
 from files.template import ChatTemplate
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-PROMPTS = ("prompt", "instruction", "conversations")
-REFUSED = ("tools", "functions", "images", "videos", "audios")  # they change the prompt, and are not rendered
-READ = {*PROMPTS, *REFUSED, *"input query system history chosen rejected chosen_messages rejected_messages".split()}
-# What else a name of --columns stands for, which is not read beside the column that was named.
-ALIASES = {"prompt": (*PROMPTS, "input", "query"), "chosen": ("chosen_messages",), "rejected": ("rejected_messages",)}
-LIKE = {  # how others name them
-    "prompt": "prompt|question|instruction|query|input",
-    "chosen": "chosen|(?<!dis)prefer|accept|better|win|response_j|positive",
-    "rejected": "reject|disprefer|worse|los|response_k|negative",
-}
-TURN = re.compile(r"\n\n(Human|Assistant):")  # of hh-rlhf's transcripts
 CHUNK = 512  # rows in memory at a time
 HUGE = 2 * 10**7  # characters that a template is never given: they are too long a prompt, or are cut from a response
 
@@ -62,171 +49,7 @@ class Counts(NamedTuple):
     unused: tuple = ()  # columns that no part of a pair was read from
 
 
-# Rows to messages
-
-
-def preference_of(row):
-    """A row of any accepted form as (prompt messages, chosen text, rejected text). Raises BadRow."""
-    for field in REFUSED:
-        if row.get(field) not in (None, "", "[]", [], {}):
-            raise BadRow(f"{field}: `{field}` would change the prompt, and is not rendered; leave such rows out")
-    before = history_of(row)
-    chosen, rejected = (under_system(row, before, dialogue) for dialogue in dialogues_of(row))
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRow("different prompts: chosen and rejected must answer the same messages")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def hidden_by(columns):
-    """The columns that --columns hides: of the names it gives, and of what else these stand for."""
-    return {alias for name in columns for alias in (name, *ALIASES.get(name, ()))}
-
-
-def renamed(row, columns):
-    """The row with the columns of --columns under the names that are read. columns: {name: column}. Raises BadRow."""
-    if isinstance(row, BadRow):
-        raise row
-    if not isinstance(row, dict):
-        raise BadRow(f"no object: the row is a {type(row).__name__}")
-    hidden = hidden_by(columns)
-    for name, column in columns.items():
-        if row.get(column) is None and name not in ("system", "history"):
-            raise BadRow(f"missing field: `{column}`, which --columns reads as {name}; {has(row)}")
-    own = {field: value for field, value in row.items() if field not in hidden}
-    return own | {name: row.get(column) for name, column in columns.items()}
-
-
-def has(row):
-    """The columns of a row in words, and the --columns that would read it, where one is near."""
-    found, texts = {}, [field for field, value in row.items() if isinstance(value, (str, list, dict))]
-    for name, like in LIKE.items():
-        taken = [name] if name in texts else [field for field in texts if re.search(like, field)]
-        found |= {name: taken[0]} if taken else {}
-    near = " ".join(f"{name}={field}" for name, field in found.items() if name != field)
-    offer = f"; try --columns {near}" if near and len(found) == 3 and len(set(found.values())) == 3 else ""
-    return f"the row has: {', '.join(map(brief, row)) or 'no columns'}{offer}"
-
-
-def weight_of(row):
-    """The row's weight, a finite number above 0. Raises BadRow."""
-    weight = row["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise BadRow(f"no weight: the weight must be a number greater than 0, and is {brief(repr(weight))}")
-    return float(weight)
-
-
-def history_of(row):
-    """LLaMA-Factory's `history`, a list of [user, assistant] pairs, as messages."""
-    messages = []
-    turns = [] if row.get("history") in (None, "") else row["history"]
-    if not isinstance(turns, list):
-        raise BadRow(
-            f"wrong type: `history` must be a list of [user, assistant] pairs, and is a {type(turns).__name__}"
-        )
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise BadRow(f"wrong type: `history[{number}]` must be a pair [user, assistant]")
-        for role, text in zip(("user", "assistant"), turn):
-            messages.append({"role": role, "content": text_of(text, f"history[{number}]")})
-    return messages
-
-
-def under_system(row, before, dialogue):
-    """The dialogue behind the row's `system`, where it has no system message of its own, and behind the history."""
-    own = dialogue[:1] if dialogue[0]["role"] == "system" else []
-    if not own and row.get("system") not in (None, ""):
-        system = [{"role": "system", "content": text_of(row["system"], "system")}]
-        return system + before + dialogue
-    return own + before + dialogue[len(own) :]
-
-
-def dialogues_of(row):
-    """The two dialogues of a row, messages that end with the reply. A new form of rows is one more case here."""
-    if row.get("chosen_messages") is not None:  # LLaMA-Factory's v1 form
-        return [dialogue_of(row, field, None) for field in ("chosen_messages", "rejected_messages")]
-    prompt = prompt_of(row)
-    return [dialogue_of(row, field, prompt) for field in ("chosen", "rejected")]
-
-
-def prompt_of(row):
-    """The messages of a row's own prompt, or None where it has none."""
-    given = [field for field in PROMPTS if row.get(field) is not None]
-    if not given:
-        return None
-    if any(row[field] != row[given[0]] for field in given):
-        raise BadRow(f"two prompts: {' and '.join(given)} say different things; leave one")
-    if isinstance(row[given[0]], list):
-        messages = messages_of(row[given[0]], given[0])
-    else:
-        fields = [given[0]] + [field for field in ("input", "query") if row.get(field) not in (None, "")]
-        messages = [{"role": "user", "content": "\n".join(text_of(row[field], field) for field in fields)}]
-    return messages
-
-
-def dialogue_of(row, field, prompt):
-    """The messages in a field of a row, which hold the prompt's or follow them: roles in order, the reply last."""
-    value = row.get(field)
-    if value is None:
-        raise BadRow(f"missing field: `{field}`; {has(row)}")
-    if not isinstance(value, (str, list, dict)):
-        raise BadRow(f"wrong type: `{field}` must be text or messages, and is a {type(value).__name__}")
-    if isinstance(value, str) and prompt is None and TURN.match(value):
-        _, *turns = TURN.split(value)
-        value = [{"role": who.lower(), "content": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
-    dialogue = messages_of({"role": "assistant", "content": value} if isinstance(value, str) else value, field)
-    if not dialogue or dialogue[0]["role"] == "assistant":
-        if prompt is None:
-            raise BadRow(f"missing field: {', '.join(PROMPTS)}, or the prompt's messages in `{field}`; {has(row)}")
-        dialogue = prompt + dialogue
-    elif any(isinstance(row.get(name), list) for name in PROMPTS) and dialogue[: len(prompt)] != prompt:
-        raise BadRow(f"different prompts: `{field}` does not begin with the messages of the prompt")
-    roles = [message["role"] for message in dialogue]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if turns[-1:] != ["assistant"]:
-        raise BadRow(f"no response: `{field}` must end with a message of the assistant")
-    if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise BadRow(
-            f"roles out of order: {', '.join(roles[:8])} in `{field}`; after a system message, if any, "
-            "user and assistant speak in turn"
-        )
-    return dialogue
-
-
-def messages_of(value, field):
-    """Messages in either spelling (role and content, from and value) as [{"role", "content"}]."""
-    messages = []
-    for number, message in enumerate(value if isinstance(value, list) else [value], 1):
-        place = f"{field}[{number}]"
-        if not isinstance(message, dict):
-            raise BadRow(f"no message: `{place}` must be an object with role and content")
-        role = message.get("from") if message.get("role") is None else message["role"]
-        content = message.get("value") if message.get("content") is None else message["content"]
-        if message.get("tool_calls") or message.get("function_call"):
-            raise BadRow(f"tools: `{place}` calls a tool, which is not rendered; leave such rows out")
-        if not isinstance(role, str) or role not in ROLES:
-            raise BadRow(f"unknown role: {brief(role)!r} in `{place}`; known are {', '.join(ROLES)}")
-        messages.append({"role": ROLES[role], "content": text_of(content, place)})
-    return messages
-
-
-def text_of(value, field):
-    """A string, or the joined strings of a list of text parts."""
-    if isinstance(value, list):
-        parts = [part for part in value if isinstance(part, dict) and part.get("type", "text") == "text"]
-        texts = [part.get("value") if part.get("text") is None else part["text"] for part in parts]
-        if parts and len(parts) == len(value) and all(isinstance(text, str) for text in texts):
-            value = "".join(texts)
-    if not isinstance(value, str):
-        found = "missing" if value is None else f"a {type(value).__name__}"
-        raise BadRow(f"no text: `{field}` must be a string or a list of text parts, and is {found}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"lone surrogate: {value[error.start]!a} in `{field}` is no character") from None
-    return value
-
-
-# Messages to pairs
+# Rows to pairs
 
 
 def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False, columns=None, limit=0):
@@ -240,7 +63,7 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
     total, pairs, dropped, bad, unused = 0, [], [], {}, {}  # bad: reason -> ["FILE:ROW"]; unused: an ordered set
     columns = columns or {}
-    read = (READ - hidden_by(columns)) | set(columns.values())
+    read = fields_read(columns) | set(columns.values())
     with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
         make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length, columns)
         while (not limit or len(pairs) < limit) and (chunk := list(itertools.islice(rows, CHUNK))):
@@ -248,9 +71,8 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
                 if limit and len(pairs) == limit:
                     break
                 total += 1
-                unused |= (
-                    dict.fromkeys(field for field in value if field not in read) if isinstance(value, dict) else {}
-                )
+                if isinstance(value, dict):
+                    unused |= dict.fromkeys(field for field in value if field not in read)
                 if isinstance(result, Pair):
                     pairs.append(result)
                     continue
@@ -274,7 +96,8 @@ def refusal(bad, total):
     """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW"]; total: rows read."""
     count, lines = sum(map(len, bad.values())), []
     for reason, (first, *others) in list(bad.items())[:10]:
-        lines.append(f"{first}: {reason}" + (f" (and {len(others)} more rows)" if others else ""))
+        more = f" (and {len(others)} more {'row' if len(others) == 1 else 'rows'})" if others else ""
+        lines.append(f"{first}: {reason}{more}")
     if count == 1:
         return f"{lines[0]}; mend the row, or drop such rows with --skip-bad-rows"
     more = [f"... and {len(bad) - 10} more reasons"] if len(bad) > 10 else []
@@ -348,11 +171,12 @@ class Pack(NamedTuple):
 
 
 def collate(pairs, share_prompt=True):
-    """Lays pairs out as one Pack. Two pairs, the first with prompt 1 2, chosen 3 4 and rejected 5:
+    """Lays pairs out as one Pack, without each response's last token: it predicts nothing, and no token sees it. Two
+    pairs, the first with prompt 1 2, chosen 3 4 0 and rejected 5 0:
 
         place       0  1  2  3  4   5  6  7  8
         tokens      1  2  3  4  5   6  7  8  9
-                    prompt chosen   prompt 6, chosen 7, rejected 8 9
+                    prompt chosen   prompt 6, chosen 7 0, rejected 8 9 0
                               rejected
         positions   0  1  2  3  2   0  1  1  2
 
@@ -360,7 +184,7 @@ def collate(pairs, share_prompt=True):
     rejected alone; the keys of the second are the prompt's tokens again and then its own:
 
     >>> ids = lambda *values: np.array(values, np.int32)
-    >>> pairs = [Pair(ids(1, 2), ids(3, 4), ids(5), "a:1"), Pair(ids(6), ids(7), ids(8, 9), "a:2")]
+    >>> pairs = [Pair(ids(1, 2), ids(3, 4, 0), ids(5, 0), "a:1"), Pair(ids(6), ids(7, 0), ids(8, 9, 0), "a:2")]
     >>> pack = collate(pairs)
     >>> pack.tokens.tolist(), pack.positions.tolist()
     ([1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 2, 0, 1, 1, 2])
@@ -372,26 +196,26 @@ def collate(pairs, share_prompt=True):
     A response's first token is predicted by the prompt's last token, in both branches:
 
     >>> pack.predictors.tolist(), pack.targets.tolist()
-    ([1, 2, 1, 5, 5, 7], [3, 4, 5, 7, 8, 9])
+    ([1, 2, 3, 1, 4, 5, 6, 5, 7, 8], [3, 4, 0, 5, 0, 7, 0, 8, 9, 0])
 
     With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty.
     """
     tokens, positions, keys, first, shared, second, predictors, targets = ([] for _ in range(8))
     cu_q, cu_k = [0], [0]
     for prompt, chosen, rejected in (pair[:3] for pair in pairs):
-        P, C, R = len(prompt), len(chosen), len(rejected)
+        P, C, R = len(prompt), len(chosen) - 1, len(rejected) - 1
         own = P if share_prompt else 0  # where the second segment's own tokens begin
         place, key = cu_q[-1], cu_k[-1]
         segment_w = np.arange(place, place + P + C)  # [P + C] places
         place_l, key_l = place + P + C, key + P + C
         segment_l = np.concatenate([segment_w[:own], np.arange(place_l, place_l + P + R - own)])  # [P + R] places
-        tokens += [prompt, chosen, prompt[own:], rejected]
+        tokens += [prompt, chosen[:-1], prompt[own:], rejected[:-1]]
         positions += [np.arange(P + C), np.arange(own, P + R)]
         keys += [segment_w, segment_l]
         first += [np.arange(key, key_l), np.arange(key_l + own, key_l + P + R)]
         shared += [segment_w[:own]]
         second += [np.arange(key_l, key_l + own)]
-        predictors += [segment_w[P - 1 : -1], segment_l[P - 1 : -1]]
+        predictors += [segment_w[P - 1 :], segment_l[P - 1 :]]
         targets += [chosen, rejected]
         cu_q += [place_l, place_l + P + R - own]
         cu_k += [key_l, key_l + P + R]

@@ -5,9 +5,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from runtime import allocator
+
+allocator.prepare()  # as train.py does when it is started
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train as trainer
 from runtime import options as option_table
@@ -55,7 +59,20 @@ def a_run(directory, pairs, device="cpu", **options):
         plan, mesh = trainer.lay_out(options, ranks, model.read_config(directory), dtype, longest)
         with tempfile.TemporaryDirectory() as out:
             yield trainer.Run(
-                options, out, ranks.rank, ranks.world, ranks.device, mesh, dtype, plan, ranks.signals, None, {}, ()
+                options,
+                out,
+                ranks.rank,
+                ranks.world,
+                ranks.device,
+                mesh,
+                dtype,
+                plan,
+                ranks.signals,
+                None,
+                None,
+                {},
+                (),
+                None,
             )
     finally:
         process_group.stop()

@@ -29,10 +29,10 @@ MODEL_ID = re.compile(rf"({PART}/{PART})(?:@([^:\s]+))?")
 DATA_ID = re.compile(rf"({PART}/{PART})(?:@([^:\s]+))?(?::([\w.-]+))?")
 
 
-def model_directory(name):
+def model_directory(name, weights=True):
     """A directory, or a Hub id `org/name` or `org/name@revision` -> absolute path of a model's directory.
 
-    Of a Hub model only safetensors, json and tokenizer files are fetched.
+    Of a Hub model only safetensors, json and tokenizer files are fetched; weights: whether the safetensors are.
     Raises BadInput: no such directory or model, no permission, no network.
     """
     if os.path.isdir(name):
@@ -45,9 +45,12 @@ def model_directory(name):
     repo, revision = match.groups()
     with explained(name, "model"):
         directory = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=MODEL_SKIPPED
+            repo,
+            revision=revision,
+            allow_patterns=MODEL_FILES if weights else MODEL_FILES[1:],
+            ignore_patterns=MODEL_SKIPPED,
         )
-    if not any(file.endswith(".safetensors") for file in os.listdir(directory)):
+    if weights and not any(file.endswith(".safetensors") for file in os.listdir(directory)):
         raise BadInput(f"{name}: the Hub model has no .safetensors weights; only those are read, never pickles")
     return directory
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from files.errors import BadInput, BadRow, brief
 from files.rows import open_file, read_object
-from files.template import ChatTemplate
+from files.template import THINK, ChatTemplate
 
 TRIAL = Path(__file__).with_name("trial.py")
 LARGEST_VOCABULARY, LARGEST_TEMPLATE = 1 << 28, 1 << 24  # bytes
@@ -83,7 +83,8 @@ class ChatTokenizer:
 
         The template writes the dialogue as [prompt][lead][reply][tail][end token][rest]. Scored are lead, reply and
         end token (eos where the template has none). Blanks that the template adds as a tail are not: at
-        inference the turn ends right behind the reply.
+        inference the turn ends right behind the reply. A reply that begins with <think> is scored as it is, however
+        the template would lay its reasoning out.
         """
         after = dialogue[len(prompt) :]
         core = reply.strip()
@@ -92,8 +93,15 @@ class ChatTokenizer:
         body = after[: end.start()] if end else after  # [lead][reply][tail]
         lead = len(body) - len(body.lstrip())
         text, tail = body[: lead + len(core)], body[lead + len(core) :]
+        if core.startswith(THINK) and body.lstrip().startswith(THINK):
+            text, lead, tail = core, 0, ""
         if not prompt or not dialogue.startswith(prompt):
             fault = "changes the prompt: with a response, the conversation does not begin with what inference feeds"
+        elif text[lead:] != core and body.lstrip().startswith(THINK):
+            fault = (
+                f"writes {brief(body[: body.find(core)])!r} before a response without reasoning, which cannot stand in "
+                "the prompt: the other response begins with <think>, or the template has no enable_thinking"
+            )
         elif text[lead:] != core and core in after:
             found = brief(after[: after.find(core)])
             fault = f"writes no generation prompt: {found!r} stands before the response"

@@ -68,8 +68,8 @@ def save(directory, step, tensors, state, keep):
 
 
 def tidy(path, keep):
-    """Keeps the checkpoint at `path` and the newest others, `keep` together; deletes the rest, and what killed
-    saves left. Collective."""
+    """Keeps the checkpoint at `path` and the newest others, `keep` together (0 is as 1); deletes the rest, and what
+    killed saves left. Collective."""
 
     def delete_others():
         try:

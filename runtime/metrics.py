@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, written by rank 0 alone."""
+"""metrics.jsonl and samples.jsonl: one JSON object a line, written by rank 0 alone."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from runtime.progress import say
 
 
 class Metrics:
-    """The file at `path`."""
+    """The file at `path`; sinks, where given, gets each row too."""
 
-    def __init__(self, path, rank=0):
-        self.path, self.rank = path, rank
+    def __init__(self, path, rank=0, sinks=None):
+        self.path, self.rank, self.sinks = path, rank, sinks
 
     def write(self, row):
         """Appends {name: value}. A figure that is not finite becomes null: NaN and Infinity are no JSON."""
@@ -27,6 +27,8 @@ class Metrics:
         outdir.check(os.path.dirname(self.path))
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if self.sinks:
+            self.sinks.write(plain)
 
     def sync(self):
         """Waits until all rows are on the disk: before a checkpoint that they belong to."""
@@ -36,8 +38,8 @@ class Metrics:
 
     def keep_until(self, stage, step):
         """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file
-        ends up as if the run had never stopped. The evaluation of `step` itself goes too, since it follows
-        the checkpoint and is done again."""
+        ends up as if the run had never stopped. The evaluation of `step` itself and its samples go too, since they
+        follow the checkpoint and are done again."""
         if self.rank or not stands(self.path):
             return
         kept, damaged = [], 0
@@ -47,7 +49,7 @@ class Metrics:
             row = _row(line)
             if row is None:
                 damaged += line.endswith(b"\n")  # else a kill cut it short, as happens
-            elif row["stage"] == stage and row["step"] >= step + (not row.get("eval")):
+            elif row["stage"] == stage and row["step"] >= step + (not row.get("eval") and "answer" not in row):
                 break
             else:
                 kept.append(line)
@@ -56,6 +58,14 @@ class Metrics:
         if kept != lines:
             with whole(self.path) as unfinished, open(unfinished, "wb") as file:
                 file.writelines(kept)
+
+
+def rows_of(path):
+    """The rows of such a file, [] where there is none."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        return [row for row in map(_row, file) if row is not None]
 
 
 def _row(line):

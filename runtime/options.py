@@ -25,6 +25,7 @@ import textwrap
 import tomllib
 import typing
 
+from files.config import ARCHITECTURES
 from files.errors import BadInput, brief
 from runtime import parts
 from runtime.losses import LOSSES
@@ -35,7 +36,8 @@ SAVED = "# Resolved options of a run, written by train.py. `python train.py --co
 LARGEST = 2**31 - 1
 GROUPS = {
     "Model": "Three models share one tokenizer: the reference (--model), the policy that starts as its copy, "
-    "and a guide. Each is a Hugging Face directory or a Hub id.",
+    "and a guide. Each is a Hugging Face directory or a Hub id, of "
+    + "; ".join(known.models for known in ARCHITECTURES.values()),
     "Data": "Preference pairs: a prompt, a chosen and a rejected answer. README.md shows a row of each form.",
     "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",
@@ -54,7 +56,7 @@ FOLLOWS = {
 }
 EXAMPLES = """\
 examples:
-  python train.py                                   the bundled tiny example, about two minutes on a laptop
+  python train.py                                   the bundled tiny example, under a minute on two cores
   python train.py --data pairs.jsonl --dry-run      look at your pairs and at the plan, train nothing
   python train.py --model meta-llama/Llama-3.2-1B-Instruct --data pairs.jsonl --eval-fraction 0.02
   torchrun --nproc_per_node 8 train.py --config recipes/my.toml --out runs/first
@@ -177,6 +179,14 @@ class Options:
     max_steps: int = _option(
         "Optimiser", 0, "end each stage after so many steps at most; the schedule counts with it; 0: no end", least=0
     )
+    lora_rank: int = _option(
+        "Optimiser",
+        0,
+        "train adapters of this rank on all linear layers of the blocks, the model itself frozen; they want about ten "
+        "times the --lr of full training; 0: train all",
+        least=0,
+    )
+    lora_alpha: float = _option("Optimiser", 32.0, "the adapters' scale times --lora-rank", above=0)
     batch_size: int = _option("Optimiser", 128, "pairs an optimiser step, over all ranks", least=1)
     warmup_ratio: float = _option(
         "Optimiser", 0.1, "share of the steps in which the learning rate rises", least=0, most=1
@@ -186,7 +196,9 @@ class Options:
     )
     weight_decay: float = _option("Optimiser", 0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = _option("Optimiser", 1.0, "longer gradients are scaled down to this norm", above=0)
-    seed: int = _option("Optimiser", 0, "orders the pairs; two runs with one seed are the same", least=0)
+    seed: int = _option(
+        "Optimiser", 0, "orders the pairs, draws the adapters; two runs with one seed are the same", least=0
+    )
 
     out: str | None = _option(
         "Output", None, "everything the run writes [runs/NAME, numbered so that it is new]", "DIR"
@@ -195,13 +207,27 @@ class Options:
     eval_every: int = _option("Output", 0, "steps between evaluations; 0: only at the end of a stage", least=0)
     samples: int = _option("Output", 3, "prompts that the models answer at the end", least=0)
     sample_tokens: int = _option("Output", 64, "longest such answer, in tokens", least=1)
+    sample_every: int = _option(
+        "Output", 0, "steps between such answers of the model in training, into samples.jsonl; 0: at the end", least=0
+    )
+    log_to: tuple[str, ...] = _option(
+        "Output",
+        (),
+        "what metrics.jsonl holds, the configuration and the samples go there too; to be installed by you [none]",
+        choices=("tensorboard", "wandb"),
+    )
     report_pairs: int = _option("Output", 200, "pairs shown token by token in report.html", least=0)
     dry_run: bool = _option("Output", False, "load, check, show a pair, the steps and the memory plan; train nothing")
 
     save_every: int = _option(
         "Checkpoints", 100, "steps between checkpoints; 0: only at the end and on a signal", least=0
     )
-    keep: int = _option("Checkpoints", 2, "how many of the newest complete checkpoints stay", least=1)
+    keep: int = _option(
+        "Checkpoints",
+        2,
+        "how many of the newest complete checkpoints stay; 0: one while the run goes on, none once it has ended well",
+        least=0,
+    )
     resume: bool = _option(
         "Checkpoints", False, "go on from the newest complete checkpoint of --out, or start where there is none"
     )
@@ -471,9 +497,10 @@ def _checked(name, value, where):
         _check_text(text, where)
     if name == "columns":
         _columns_checked(value, where)
-    if "choices" in limits and value not in limits["choices"]:
-        near = _nearest(value, limits["choices"])
-        raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
+    for one in value if kind is tuple else (value,):
+        if "choices" in limits and one not in limits["choices"]:
+            near = _nearest(one, limits["choices"])
+            raise BadInput(f"{where}: must be one of {', '.join(limits['choices'])}; the nearest is {near}")
     if name == "with_":
         parts.read(value, where)
     if name == "name" and not re.fullmatch(r"[\w+-][\w.+-]*", value):

@@ -18,9 +18,9 @@ from runtime.signals import to_stderr
 
 RECORD = ("dropped.jsonl", "run.json", "config.toml")  # written before there is any result
 # In this order they are removed: a run that is resumed from what a kill left of them goes on as it should.
-MODELS = ("checkpoints", "guide", "policy")
-PAGES = ("metrics.jsonl", "tokens.jsonl", "samples.json", "report.html")
-RESULTS = (*MODELS, *PAGES, "guide.old", "policy.old", *RECORD)
+MODELS = ("checkpoints", "guide", "policy", "adapter")
+PAGES = ("metrics.jsonl", "samples.jsonl", "tensorboard", "wandb", "tokens.jsonl", "samples.json", "report.html")
+RESULTS = (*MODELS, *PAGES, "guide.old", "policy.old", "adapter.old", *RECORD)
 _claimed = {}  # directory -> "absent", "empty" or "used": what it was before
 _locks = {}  # directory -> the descriptor of its .lock
 

@@ -2,6 +2,7 @@
 
 import collections
 
+from files import card
 from runtime import memory
 from runtime.losses import LOSSES
 from runtime.progress import say
@@ -16,6 +17,14 @@ def steps(options, pairs):
 def trains_guide(options):
     """Whether a first stage makes the guide."""
     return LOSSES[options.loss].reads("guide") and options.guide is None
+
+
+def stages(options, pairs):
+    """What a run trains, a line a stage."""
+    todo = [("guide", "dpo")] * trains_guide(options) + [("policy", options.loss)]
+    ends = f", {steps(options, pairs)[1]} steps"
+    lines = [f"training the {who} with {card.LOSSES.get(loss, loss)}{ends}" for who, loss in todo]
+    return [f"stage {n} of 2: {line}" for n, line in enumerate(lines, 1)] if len(lines) > 1 else lines
 
 
 def counts_lines(counts):
@@ -44,8 +53,14 @@ def warnings(options, contexts, pairs, eval_pairs):
                 f"warning: --max-length {options.max_length} is beyond the {most} tokens that "
                 f"{directory} was made for; the longest pair has {longest}"
             )
-    if same := sorted(set(options.data) & set(options.eval_data)):
-        lines.append(f"warning: {', '.join(same)}: is given as --data and as --eval-data; nothing is held out of it")
+    ids = lambda pair: hash(tuple(side.tobytes() for side in pair[:3]))
+    trained = set(map(ids, pairs)) if eval_pairs else ()
+    if seen := sum(ids(pair) in trained for pair in eval_pairs):
+        same = [f"{name} is given as --data and as --eval-data" for name in options.data if name in options.eval_data]
+        lines.append(
+            f"warning: {seen} of the {len(eval_pairs)} evaluation pairs are training pairs too, and tell nothing of "
+            + "; ".join(["what was not trained on", *same])
+        )
     if len(pairs) < options.batch_size:
         lines.append(
             f"warning: {len(pairs)} pairs are fewer than --batch-size {options.batch_size}: each step takes all"
@@ -68,5 +83,7 @@ def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
         f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {total} steps of {options.batch_size} pairs"
         + (", in each of two stages" if trains_guide(options) else "")
     )
+    all_of_it, of_it = memory.trained(config, 0), memory.trained(config, options.lora_rank)
+    say(f"{of_it:,} of {all_of_it:,} parameters are trained")
     for line in memory.lines(plan, world) + memory.table(config, options, plan):
         say(line)

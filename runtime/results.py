@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import pathlib
 import platform
 import shutil
 import statistics
@@ -17,29 +18,32 @@ from files.card import add_figures
 from files.errors import BadInput, naming
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
-from runtime.disk import content, fsync, stands, unreadable, whole
+from runtime.disk import content, fsync, remove, stands, unreadable, whole
 from runtime.losses import LOSSES
 from runtime.progress import say
+
+GOLD = """\
+Read gold, the true reward of sampled replies, against KL, its price; wins: how often it is above the reference's.
+Only this example knows them, and no training saw them. Accuracy counts noisy labels, one in ten wrong."""
 
 
 def foresee_space(out, options, config, width, pairs, eval_pairs):
     """Raises BadInput unless the disk of `out` holds what the run will write, beside what it has already.
 
     config: the model's; width: bytes of a number of the exported models."""
-    root, block = memory.parameters(config)
-    parameters = root + config.num_hidden_layers * block
+    parameters, trained = memory.trained(config, 0), memory.trained(config, options.lora_rank)
     _, steps = preview.steps(options, len(pairs))
-    saves = min(options.keep + 1, -(-steps // options.save_every)) if options.save_every else 1
+    saves = min(max(1, options.keep) + 1, -(-steps // options.save_every)) if options.save_every else 1
     models = 2 if preview.trains_guide(options) else 1
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
-    need = (3 * 4 * saves + width * models) * parameters
+    need = (3 * saves + bool(options.lora_rank)) * 4 * trained + width * models * parameters
     need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
     there = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     if (free := shutil.disk_usage(out).free) + there < need:
         raise BadInput(
             f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
-            f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, the models and the log-probs; "
+            f"{saves} checkpoints of {12 * trained / 1e9:.3f} GB, the models and the log-probs; "
             "free some, lower --keep or give another directory"
         )
 
@@ -85,6 +89,32 @@ def begin(out, options, identity, counts, plan, ranks):
         say(line)
 
 
+def is_over(out, identity):
+    """Whether the run in `out` has ended well with --keep 0, so that --resume has nothing to do, which is said. Raises
+    BadInput where that was another run."""
+    checkpoints = os.path.join(out, "checkpoints")
+    if not stands(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
+        return False
+    checkpoint.same_run(out, read_run(os.path.join(out, "run.json"))["identity"], identity)
+    say(f"the run in {out} is finished, and --keep 0 left no checkpoint: nothing to resume; --overwrite starts it anew")
+    return True
+
+
+def end(out, options):
+    """The run has ended well. With --keep 0 a mark takes the place of its checkpoints, else they are told of."""
+    checkpoints = os.path.join(out, "checkpoints")
+    if not options.keep:
+        write(os.path.join(checkpoints, "finished"), "The run has ended well; --keep 0 left no checkpoint.\n")
+        for name in os.listdir(checkpoints):
+            if name != "finished":
+                remove(os.path.join(checkpoints, name))
+    elif size := sum(file.stat().st_size for file in pathlib.Path(checkpoints).rglob("*") if file.is_file()):
+        say(
+            f"{checkpoints}: {size / 1e9:.3f} GB that the models do not need; --resume makes the answers and the page "
+            "anew from it (other --samples, --report-pairs); remove it, or give --keep 0"
+        )
+
+
 def has_guide(out, check):
     """Whether stage 1 is over, its guide exported; that may be gone or damaged by now, though the policy's training has
     begun. As long as the stage has a checkpoint, a guide that is not whole is none: it is exported again."""
@@ -128,11 +158,11 @@ def guide_digest(directory, run, check):
     return digest
 
 
-def finish(out, options, tokenizer, pairs, judged, answers):
+def finish(out, options, tokenizer, pairs, judged, answers, gold):
     """Write tokens.jsonl and samples.json, print the table and the answers.
 
     pairs: the evaluation pairs (without any, training pairs); judged: as train.judged yields it, pair by pair;
-    answers: name -> [(prompt, answer)]."""
+    answers: name -> [(prompt, answer)]; gold: as train.gold_figures gives it, {} where no true reward is known."""
     figures = {}  # model -> what the table averages, a dict a pair
     with whole(os.path.join(out, "tokens.jsonl")) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for i, (pair, (losses, tokens)) in enumerate(zip(pairs, judged)):
@@ -143,12 +173,21 @@ def finish(out, options, tokenizer, pairs, judged, answers):
     table = [
         {"model": "reference" if name == "ref" else name}
         | {figure: statistics.fmean(pair[figure] for pair in values) for figure in values[0]}
+        | gold.get(name, {})
         for name, values in figures.items()
     ]
     figure = "log-ratio" if "ref" in figures else "log p"
-    say(f"\n{len(pairs)} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
-    for row in table:
-        say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(*row.values()))
+    heads = ("accuracy", "margin", f"{figure} chosen", f"{figure} rejected", *("gold", "wins", "KL")[: 3 * bool(gold)])
+    say(f"\n{f'{len(pairs)} pairs':<12}" + "".join(f"{head:>{max(8, len(head) + 3)}}" for head in heads))
+    for model, *numbers in map(dict.values, table):
+        say(f"  {model:<10}" + "".join(f"{x:>{max(8, len(head) + 3)}.3f}" for head, x in zip(heads, numbers)))
+    if gold:
+        say(GOLD)
+    if falls := [row["model"] for row in table if row.get("logratio_chosen", 0) < 0]:
+        say(
+            f"  note: {' and '.join(falls)} find the chosen responses, too, less likely than the reference does: "
+            "usual, and to be watched (README.md, When the chosen falls)"
+        )
     samples = [
         {"prompt": prompt} | {name: given[i][1] for name, given in reversed(answers.items())}
         for i, (prompt, _) in enumerate(answers["policy"])
@@ -159,7 +198,7 @@ def finish(out, options, tokenizer, pairs, judged, answers):
             say(f"  {name:<10}{text!r}")
     write_json(os.path.join(out, "samples.json"), samples)
     path = os.path.join(out, "run.json")
-    write_json(path, read_run(path) | {"table": table})
+    write_json(path, read_run(path) | {"table": table, "table_pairs": len(pairs)})
     for name in ("guide", "policy"):
         add_figures(os.path.join(out, name), table)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")

@@ -1,6 +1,6 @@
 """A stage on its way: how far it is, its checkpoints, and the signals it follows between two steps.
 
-`run` is train.py's: options, out, rank, world, signals, metrics and identity are read of it.
+`run` is train.py's: options, out, rank, world, signals, metrics, samples and identity are read of it.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ def resume(run, training):
             checkpoint.tidy(newest, options.keep)  # else the next save does it
     elif options.resume:
         say(f"{loss}: nothing complete to resume from: starting from the beginning", run.rank)
-    run.metrics.keep_until(loss, training.step)
+    for log in (run.metrics, run.samples):
+        log.keep_until(loss, training.step)
 
 
 def save(run, training):
@@ -64,7 +65,9 @@ def save(run, training):
         return
     training.net.reshard()  # in an evaluation the root is gathered, and its parameters are not the optimiser's
     finite = on_all_ranks(
-        lambda: all(bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters())
+        lambda: all(
+            bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters() if p.requires_grad
+        )
     )
     if not all(finite):
         raise RunFailed(
@@ -80,7 +83,8 @@ def save(run, training):
     }
     tensors = training_state(training.net, training.optimiser)
     on_rank_0(lambda: outdir.check(run.out))
-    on_rank_0(run.metrics.sync)  # a resumed run's metrics are then those of the run never stopped
+    for log in (run.metrics, run.samples):
+        on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
     training.saved = training.step
 
@@ -108,9 +112,12 @@ def last_checkpoint(run):
 
 
 def training_state(net, optimiser):
-    """Name -> tensor of all that a checkpoint holds: parameters and AdamW's two moments, made where missing."""
+    """Name -> tensor of all that a checkpoint holds: the parameters that are trained and AdamW's two moments of each,
+    made where missing."""
     tensors = {}
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = optimiser.state[parameter]
         if not state:
             state |= {

@@ -207,17 +207,20 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
         out=out,
     )
     assert line.startswith(f"train.py: error: --out {out}: ")
+    given = arguments(world, out, "--save-every", 1, "--keep", 0)  # the new one before the old one goes
+    refused(capfd, given, "2 checkpoints", out=out)
 
 
-def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out):
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 2)])
+def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out, more):
     """What is foreseen is what is written, but for the files' headers and the report."""
     needed, usage = [10**9], collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage(0, 0, needed[-1]))
-    given = arguments(world, out, "--loss", "tgdpo", "--save-every", 1, "--keep", 3, "--epochs", 2)
+    given = arguments(world, out, "--loss", "tgdpo", "--save-every", 1, "--keep", 3, "--epochs", 2, *more)
     assert train.main(given) == 0
     checkpoints, *others = (
         sum(tensor.nbytes for path in out.glob(f"{part}/*.safetensors") for tensor in load_file(path).values())
-        for part in ("checkpoints/*", "guide", "policy", "cache")
+        for part in ("checkpoints/*", "guide", "policy", "adapter", "cache")
     )
     need = checkpoints * 4 // 3 + sum(others)  # one more while the new one is written
     monkeypatch.setattr(train, "cached_log_probs", None)  # a fault, so status 1, once there is room
@@ -390,6 +393,44 @@ def test_a_context_shorter_than_max_length_is_warned_of(world, capfd, tmp_path, 
 # ------------------------------------------------------------------------------------------------------- data
 
 
+def test_a_guide_that_pulls_against_the_labels_and_a_chosen_that_falls(world, capfd, tmp_path):
+    """The guide of the right labels, beside the same pairs with their labels swapped."""
+    loss = ["--loss", "tgdpo", "--epochs", 6, "--report-pairs", 10]
+    assert train.main(arguments(world, tmp_path / "right", *loss)) == 0
+    told = {"right": capfd.readouterr().out}
+    swapped = ["--columns", "chosen=rejected", "rejected=chosen", "--guide", tmp_path / "right/guide"]
+    assert train.main(arguments(world, tmp_path / "swapped", *loss, *swapped)) == 0
+    told["swapped"] = capfd.readouterr().out
+    assert "worse than chance" not in told["right"]
+    assert "warning: the guide prefers the chosen response on 0.0% of the training pairs, worse" in told["swapped"]
+    fell = set()
+    for name, text in told.items():
+        table = json.load(open(tmp_path / name / "run.json"))["table"]
+        falls = [row["model"] for row in table if row["logratio_chosen"] < 0]
+        assert (f"note: {' and '.join(falls)} find the chosen" in text) == bool(falls) == ("note: " in text)
+        fell.add(bool(falls))
+    assert fell == {True, False}
+
+
+def test_pairs_that_are_trained_and_evaluated_on_are_counted(world, capfd, tmp_path, out):
+    """By what they say, not by the names of their files."""
+    both = tmp_path / "both.jsonl"
+    rows = (world / "pairs.jsonl").read_text().splitlines()[:4]
+    both.write_text("\n".join([*rows, '{"prompt": "new", "chosen": "a", "rejected": "b"}']))
+    for evaluated, words in (
+        (both, "4 of the 5 evaluation pairs are training pairs too, and tell nothing of what was not trained on\n"),
+        (world / "pairs.jsonl", "10 of the 10 evaluation pairs are training pairs too"),
+    ):
+        assert train.main(arguments(world, out, "--eval-data", evaluated, "--dry-run")) == 0
+        told = capfd.readouterr().out
+        assert f"warning: {words}" in told
+    assert f"; {world / 'pairs.jsonl'} is given as --data and as --eval-data" in told
+    both.write_text(rows[0])
+    assert train.main(arguments(world, out, "--data", both, "--eval-fraction", 0.3, "--dry-run")) == 2
+    assert train.main(arguments(world, out, "--eval-fraction", 0.3, "--dry-run")) == 0
+    assert "training pairs too" not in capfd.readouterr().out
+
+
 def bad_rows(path, bad, good=2):
     lines = [json.dumps({"prompt": "p", "chosen": None, "rejected": "r"})] * bad
     lines += [json.dumps({"prompt": "p", "chosen": f"c{i}", "rejected": "r"}) for i in range(good)]
@@ -426,6 +467,20 @@ def test_what_strangers_wrote_is_shown_not_sent(world, capfd, tmp_path, out):
 def test_fractions_held_back(world, capfd, tmp_path, fraction, kept, held, out):
     assert train.main(arguments(world, out, "--dry-run", "--eval-fraction", fraction)) == 0
     assert f"{kept} pairs to train on, {held} to evaluate on" in capfd.readouterr().out
+
+
+def test_columns_limit_and_max_steps_reach_the_plan(world, capfd, tmp_path, out):
+    """The weight is asked of no evaluation row, and --limit takes no evaluation pair away."""
+    train_rows = [{"q": "Hi", "a": f"yes {i}", "b": "no", "w": 2} for i in range(9)]
+    files = [tmp_path / "train.jsonl", tmp_path / "eval.jsonl"]
+    for path, name in zip(files, ("", "w")):
+        lines = [json.dumps({key: value for key, value in row.items() if key != name}) for row in train_rows]
+        path.write_text("\n".join(lines))
+    columns = ["--columns", "prompt=q", "chosen=a", "rejected=b", "weight=w"]
+    given = ["--data", files[0], "--eval-data", files[1], *columns, "--limit", 5, "--max-steps", 1, "--dry-run"]
+    assert train.main(arguments(world, out, *given)) == 0
+    told = capfd.readouterr().out
+    assert "5 pairs to train on, 9 to evaluate on; 1 steps of 4 pairs" in told
 
 
 def test_fewer_pairs_than_a_batch_and_than_ranks(world, capfd, tmp_path, out):

@@ -140,3 +140,23 @@ def test_the_maths_is_such_as_github_renders():
     for maths in [*re.findall(r"\$([^$\n]+)\$", prose), *blocks]:
         assert maths.count("{") == maths.count("}")
         assert not re.search(r"\\(label|ref|tag|operatorname|newcommand|begin|left|right)\b", maths), maths
+
+
+def test_the_exercises_name_what_is_there():
+    """What they change stands once in its file, and their tests exist."""
+    exercises = re.split(r"^\d\. ", TEXT.split("## Exercises")[1], flags=re.MULTILINE)[1:]
+    assert len(exercises) == 6
+    for text in exercises:
+        module, _, name = re.search(r"In `([\w.]+)`", text)[1].rpartition(".")
+        source = (ROOT / f"{module or 'tgdpo'}.py").read_text(encoding="utf-8")
+        assert f"def {name}(" in source, name
+        files, _, chosen = re.search(r"`pytest ([^`]+)`", text)[1].partition(" -k ")
+        names = [name for file in files.split() for name in TESTS[file.removeprefix("tests/")]]
+        for word in chosen.strip('"').split(" or "):
+            assert any(word in name for name in names), word
+    for file, old in (
+        ("train.py", "run.world / len(batch)"),
+        ("data.py", "ids.append(end)"),
+        ("data.py", "np.arange(own, P + R)]"),
+    ):
+        assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1, old

@@ -14,10 +14,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download
 
+import train
 from files import hub
 from files.errors import BadInput
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = ROOT / "examples" / "tiny" / "model"
 MODEL = {
     "config.json": b"config",
     "model.safetensors": b"weights",
@@ -171,6 +173,29 @@ def test_model_comes_without_pickles_programs_and_second_copies(server):
     assert set(os.listdir(directory)) == {"chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
     assert contents([directory + "/model.safetensors"]) == [b"weights"]
     assert server.fetched() == set(os.listdir(directory))
+
+
+def test_a_dry_run_fetches_no_weights(server, tmp_path, capfd):
+    """Nor does it need any of a directory; a pickle there is still refused, and so are tensors that do not fit."""
+    files = {name: (TINY / name).read_bytes() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
+    server.repos["models", "org/tiny"] = {"main": files | {"model.safetensors": b"weights", "README.md": b"Hi"}}
+    look = ["--data", str(TINY.parent / "train.jsonl"), "--limit", "3", "--dry-run", "--model"]
+    assert train.main([*look, "org/tiny"]) == 0
+    told = capfd.readouterr().out
+    assert "org/tiny: its weights are not fetched" in told and "memory of a rank" in told and "steps of" in told
+    assert server.fetched() == {*files, "README.md"}
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name, content in files.items():
+        (bare / name).write_bytes(content)
+    assert train.main([*look, str(bare)]) == 0
+    assert f"{bare}: has no weights; the plan needs none" in capfd.readouterr().out
+    assert train.main([*look[:-2], "--model", str(bare), "--out", str(tmp_path / "out")]) == 2
+    assert f"{bare}: no safetensors weights: neither" in capfd.readouterr().err
+    for name, words in (("pytorch_model.bin", "only pytorch_model.bin, a pickle"), ("model.safetensors", "model.safe")):
+        (bare / name).write_bytes(b"weights")
+        assert train.main([*look, str(bare)]) == 2
+        assert words in capfd.readouterr().err
 
 
 def test_model_of_a_revision(server):

@@ -384,24 +384,25 @@ def test_help_needs_no_torch_and_bad_options_end_early():
     assert bad.stderr.startswith("train.py: error: unknown option --bta")
 
 
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ("learning-rate", "--lr"),
-        ("learning_rate", "--lr"),
-        ("per_device_train_batch_size", "--batch-size, which counts the pairs of a step over all ranks"),
-        ("cutoff-len", "--max-length"),
-        ("max-samples", "--limit"),
-        ("val-size", "--eval-fraction"),
-        ("output_dir", "--out"),
-    ],
-)
-def test_the_names_of_others_are_answered_with_ours(theirs, ours, config):
-    with pytest.raises(BadInput, match=f"unknown option --{theirs}; here it is {ours} "):
-        resolve([f"--{theirs}", "1"])
-    key = ours.split(",")[0].strip("-").replace("-", "_")
-    with pytest.raises(BadInput, match=f"unknown key {theirs}; here it is {key}"):
-        resolve(config(f"{theirs} = 1"))
+EACH = ", which counts the pairs of a step over all ranks"
+ELSEWHERE = """learning-rate lr, num-epochs epochs, num-train-epochs epochs, per-device-batch-size batch-size,
+per-device-train-batch-size batch-size, output-dir out, model-name-or-path model, dataset-name data,
+save-steps save-every, pref-beta beta, cutoff-len max-length, max-samples limit, val-size eval-fraction,
+lora-r lora-rank, report-to log-to, lr-scheduler-type schedule"""
+
+
+@pytest.mark.parametrize("names", ELSEWHERE.replace("\n", " ").split(", "))
+def test_the_names_of_others_are_answered_with_ours(names, config):
+    """With dashes or underscores, as flags and as TOML keys."""
+    theirs, ours = names.split()
+    each = EACH if ours == "batch-size" else ""
+    if ours.replace("-", "_") not in options.FIELDS:
+        pytest.skip(f"--{ours} is not here yet")
+    for theirs in (theirs, theirs.replace("-", "_")):
+        with pytest.raises(BadInput, match=f"unknown option --{theirs}; here it is --{ours}{each} "):
+            resolve([f"--{theirs}", "1"])
+        with pytest.raises(BadInput, match=f"unknown key {theirs}; here it is {ours.replace('-', '_')}{each}$"):
+            resolve(config(f"{theirs} = 1"))
 
 
 def test_columns_are_names_and_columns(config):

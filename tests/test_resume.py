@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_world import TEMPLATE, make_checkpoint, make_pairs
 
 import train
-from runtime import options, outdir, process_group
+from runtime import checkpoint, options, outdir, process_group
 
 SETTINGS = [
     "--beta",
@@ -507,3 +507,27 @@ def test_the_run_that_was_started_last_goes_on(tmp_path, monkeypatch):
         (tmp_path / "runs" / name / "config.toml").touch()
         os.utime(tmp_path / "runs" / name / "config.toml", (second, second))
     assert outdir._numbered(str(tmp_path / "runs" / "tgdpo"), True) == str(tmp_path / "runs" / "tgdpo-2")
+
+
+def test_keep_0_leaves_no_checkpoint_of_a_finished_run(world, tmp_path, capfd, monkeypatch):
+    """One while it goes on, so that it can be stopped and resumed."""
+    out, seen, plain = tmp_path / "out", [], checkpoint.save
+    given = arguments(world, out, "--save-every", 2, "--keep", 0)
+
+    def watched(directory, *more):
+        plain(directory, *more)
+        seen.append(len(os.listdir(directory)))
+
+    monkeypatch.setattr(checkpoint, "save", watched)
+    monkeypatch.setattr(train, "answer", None)  # a fault behind the last save
+    assert train.main(given) == 1 and seen == [1] * 6
+    monkeypatch.undo()
+    assert train.main([*given, "--resume"]) == 0
+    assert os.listdir(out / "checkpoints") == ["finished"]
+    assert_bit_equal(out, world / "whole")
+    monkeypatch.setattr(train, "sharded", None)  # no model is read
+    capfd.readouterr()
+    assert train.main([*given, "--resume"]) == 0
+    assert "is finished, and --keep 0 left no checkpoint: nothing to resume" in capfd.readouterr().out
+    assert train.main([*given, "--resume", "--lr", "1e-3"]) == 2
+    assert f"{out} is of another run, these differ: lr" in capfd.readouterr().err

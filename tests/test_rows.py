@@ -12,6 +12,7 @@ from tokenizers import normalizers
 import data
 from files import hub
 from files.errors import BadInput
+from files.preferences import preference_of
 from files.tokenizer import load_tokenizer
 
 
@@ -97,7 +98,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, tmp_path, tokenizer):
     value, messages = FORMS[form]
-    prompt, chosen, rejected = data.preference_of(value)
+    prompt, chosen, rejected = preference_of(value)
     assert "|".join(f"{message['role']}:{message['content']}" for message in prompt) == messages
     assert (chosen, rejected) == ("hello", "there")
 
@@ -310,3 +311,56 @@ def test_gz_folders_globs_and_limit(tmp_path, tokenizer):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(BadInput):
             hub.data_files(str(tmp_path / name))
+
+
+SAID_TWICE = {  # why: (row, what is said; None: the pair is kept)
+    "system and its message": (row([SYSTEM, USER], system="Be kind."), None),
+    "another system": (row([SYSTEM, USER], system="Be rude."), "two systems: `system` and the system message"),
+    "system beside whole dialogues": (
+        {"system": "Be rude.", "chosen": [SYSTEM, USER, CHOSEN], "rejected": [SYSTEM, USER, REJECTED]},
+        "two systems: ",
+    ),
+    "another prompt": (row("Bye", [USER, CHOSEN], [USER, REJECTED]), "two prompts: the row's own prompt is not in"),
+    "prompt of a turn": (row(" Go on ", [*EARLIER, CHOSEN], [*EARLIER, REJECTED]), None),
+    "input beside messages": (row([USER], input="1"), "two prompts: `input` is not in the messages of the prompt"),
+    "query in the messages": (row([USER], query="Hi"), None),
+    "thoughts of a message": (
+        row([USER], [CHOSEN | {"reasoning_content": "Hm."}], [REJECTED]),
+        "reasoning_content: `chosen[1]` has reasoning_content",
+    ),
+    "call of a tool": (
+        row([*EARLIER[:1], EARLIER[1] | {"tool_calls": [{"name": "f"}]}, EARLIER[2]]),
+        "tool_calls: `prompt[2]` has tool_calls",
+    ),
+    "answer of a tool": (row([USER, said("tool", "3")]), "unknown role: 'tool'"),
+    "no call of a tool": (row([USER | {"tool_calls": [], "function_call": None}]), None),
+    "transcript as the prompt": (row("\n\nHuman: Hi\n\nAssistant:"), None),
+    "transcript and transcripts": (
+        row("\n\nHuman: Hi\n\nAssistant:", *(f"\n\nHuman: Hi\n\nAssistant: {reply}" for reply in ("a", "b"))),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("why", SAID_TWICE)
+def test_nothing_that_changes_a_prompt_is_passed_over(why):
+    value, refusal = SAID_TWICE[why]
+    if refusal is None:
+        messages, *_ = preference_of(value)
+        assert "\n\nHuman:" not in messages[-1]["content"] and messages[-1]["role"] == "user"
+    else:
+        with pytest.raises(BadInput) as error:
+            preference_of(value)
+        assert str(error.value).startswith(refusal)
+
+
+def test_a_column_that_is_taken_is_not_read_under_its_own_name(tmp_path, tokenizer):
+    """SHP's post is called history, Orca's prompt input."""
+    plain = load(tokenizer, tmp_path / "a.jsonl", row(system="Be kind."))[0][0].prompt.tolist()
+    for given, columns in (
+        (row(None, history="Hi", system="Be kind."), {"prompt": "history"}),
+        (row(input="Be kind."), {"system": "input"}),
+    ):
+        path = write_rows(tmp_path / "b.jsonl", given)
+        (pair,), _ = data.load_pairs([path], tokenizer, 1000, 900, columns=columns)
+        assert pair.prompt.tolist() == plain
