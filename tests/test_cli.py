@@ -626,7 +626,7 @@ def not_finite_on_rank_1(rank):
 
 def no_model_on_the_machine_of_rank_1(rank):
     plain = train.hub.model_directory
-    train.hub.model_directory = lambda name: plain("/no/such/model" if rank == 1 else name)
+    train.hub.model_directory = lambda name, *more: plain("/no/such/model" if rank == 1 else name, *more)
 
 
 def no_tokenizer_on_the_machine_of_rank_1(rank):
