@@ -23,6 +23,7 @@ from files.rows import read_rows
 from files.template import ChatTemplate
 
 CHUNK = 512  # rows in memory at a time
+HUGE = 2 * 10**7  # characters that a template is never given: they are too long a prompt, or are cut from a response
 
 
 class Pair(NamedTuple):
@@ -116,6 +117,9 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
             return f"control token in the text: {brief(control[0])}"
         if not all(reply.strip() for reply in replies):
             return "empty response"
+        if (length := sum(len(message["content"]) for message in messages)) > max(most, HUGE):
+            return f"prompt too long: {length} characters"
+        replies = [reply[: max(2 * most, HUGE)] for reply in replies]
         text, *dialogues = template.render(messages, replies)
         if len(text) > most:
             return f"prompt too long: {len(text)} characters"
@@ -126,6 +130,10 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
     room, cut = max_length - len(prompt), 0
     if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > len(tokenizer.control.findall(text)):
         return "control token in the text: it appears as the tokenizer normalises"
+    if not prompt:
+        return "empty prompt: the tokenizer makes no token of it"
+    if not all(responses):
+        return "empty response: the tokenizer makes no token of it"
     if len(prompt) > max_prompt_length:
         return f"prompt too long: {len(prompt)} tokens, at most {max_prompt_length}"
     if room <= 0:
@@ -163,11 +171,12 @@ class Pack(NamedTuple):
 
 
 def collate(pairs, share_prompt=True):
-    """Lays pairs out as one Pack. Two pairs, the first with prompt 1 2, chosen 3 4 and rejected 5:
+    """Lays pairs out as one Pack, without each response's last token: it predicts nothing, and no token sees it. Two
+    pairs, the first with prompt 1 2, chosen 3 4 0 and rejected 5 0:
 
         place       0  1  2  3  4   5  6  7  8
         tokens      1  2  3  4  5   6  7  8  9
-                    prompt chosen   prompt 6, chosen 7, rejected 8 9
+                    prompt chosen   prompt 6, chosen 7 0, rejected 8 9 0
                               rejected
         positions   0  1  2  3  2   0  1  1  2
 
@@ -175,7 +184,7 @@ def collate(pairs, share_prompt=True):
     rejected alone; the keys of the second are the prompt's tokens again and then its own:
 
     >>> ids = lambda *values: np.array(values, np.int32)
-    >>> pairs = [Pair(ids(1, 2), ids(3, 4), ids(5), "a:1"), Pair(ids(6), ids(7), ids(8, 9), "a:2")]
+    >>> pairs = [Pair(ids(1, 2), ids(3, 4, 0), ids(5, 0), "a:1"), Pair(ids(6), ids(7, 0), ids(8, 9, 0), "a:2")]
     >>> pack = collate(pairs)
     >>> pack.tokens.tolist(), pack.positions.tolist()
     ([1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 2, 0, 1, 1, 2])
@@ -187,26 +196,26 @@ def collate(pairs, share_prompt=True):
     A response's first token is predicted by the prompt's last token, in both branches:
 
     >>> pack.predictors.tolist(), pack.targets.tolist()
-    ([1, 2, 1, 5, 5, 7], [3, 4, 5, 7, 8, 9])
+    ([1, 2, 3, 1, 4, 5, 6, 5, 7, 8], [3, 4, 0, 5, 0, 7, 0, 8, 9, 0])
 
     With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty.
     """
     tokens, positions, keys, first, shared, second, predictors, targets = ([] for _ in range(8))
     cu_q, cu_k = [0], [0]
     for prompt, chosen, rejected in (pair[:3] for pair in pairs):
-        P, C, R = len(prompt), len(chosen), len(rejected)
+        P, C, R = len(prompt), len(chosen) - 1, len(rejected) - 1
         own = P if share_prompt else 0  # where the second segment's own tokens begin
         place, key = cu_q[-1], cu_k[-1]
         segment_w = np.arange(place, place + P + C)  # [P + C] places
         place_l, key_l = place + P + C, key + P + C
         segment_l = np.concatenate([segment_w[:own], np.arange(place_l, place_l + P + R - own)])  # [P + R] places
-        tokens += [prompt, chosen, prompt[own:], rejected]
+        tokens += [prompt, chosen[:-1], prompt[own:], rejected[:-1]]
         positions += [np.arange(P + C), np.arange(own, P + R)]
         keys += [segment_w, segment_l]
         first += [np.arange(key, key_l), np.arange(key_l + own, key_l + P + R)]
         shared += [segment_w[:own]]
         second += [np.arange(key_l, key_l + own)]
-        predictors += [segment_w[P - 1 : -1], segment_l[P - 1 : -1]]
+        predictors += [segment_w[P - 1 :], segment_l[P - 1 :]]
         targets += [chosen, rejected]
         cu_q += [place_l, place_l + P + R - own]
         cu_k += [key_l, key_l + P + R]

@@ -12,12 +12,18 @@ the policy with the guide's token-level reward. Reference and guide are read onc
 tokens, and are not in memory while the policy trains.
 """
 
+import os
 import sys
 
-from runtime import supported
+if __name__ == "__main__" and (here := os.path.dirname(os.path.abspath(__file__))) not in sys.path:
+    sys.path.insert(0, here)  # which python -P and -I leave out
+
+from runtime import allocator, supported
 
 if __name__ == "__main__":
+    supported.end_at_once_when_told()
     supported.check()  # before anything is imported that another system lacks
+    allocator.prepare()  # and before torch takes memory
 
 from runtime import options as option_table
 
@@ -26,7 +32,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import gc
-import os
 import shlex
 import time
 from typing import NamedTuple
@@ -47,14 +52,16 @@ from files.card import model_card
 from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
-from runtime import cache, checkpoint, disk, flops, memory, outdir, preview, process_group, results, shards, signals
+from files.weights import check_finite
+from runtime import cache, checkpoint, disk, flops, gpu, lora, memory, outdir, preview, process_group, results, signals
 from runtime import sinks as sink_files
 from runtime.failures import RunFailed, Stopped, complain
 from runtime.losses import LOSSES
 from runtime.metrics import Metrics
 from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
-from runtime.progress import Progress, say
+from runtime.progress import Progress, say, shown, words
+from runtime.shards import local_rows
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
 
@@ -72,7 +79,6 @@ DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and pa
 SETTINGS = (
     "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
 ).split()
-SHOWN = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")  # beside the progress bar
 
 
 class Run(NamedTuple):
@@ -120,11 +126,15 @@ class Stage(NamedTuple):
 
 def sharded(directory, run, frozen=False):
     """The model of `directory`, sharded over the ranks: meta device, fully_shard of each block and of the root, then
-    each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen."""
+    each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen; with
+    --lora-rank only adapters train."""
+    rank, alpha = (0, 0) if frozen else (run.options.lora_rank, run.options.lora_alpha)
     with torch.device("meta"):
         net = model.CausalLM(model.read_config(directory))
-    if frozen:
+    if frozen or rank:
         net.to(run.dtype).requires_grad_(False)
+    if rank:
+        lora.add(net, rank, alpha)
     offload = CPUOffloadPolicy() if run.options.cpu_offload and run.device.type == "cuda" else OffloadPolicy()
     settings = {
         "mesh": run.mesh,
@@ -134,12 +144,15 @@ def sharded(directory, run, frozen=False):
     for number, layer in enumerate(net.model.layers):
         layer.recompute = not frozen and run.plan.recomputes(number)
         if run.plan.compile:
+            torch._dynamo.config.recompile_limit = 64  # where sizes are not told apart at once
             layer.compile()
         fully_shard(layer, **settings)
     fully_shard(net, **settings)
     net.compiled = run.plan.compile
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
-    on_all_ranks(lambda: model.load_weights(net, directory, shards.local_rows))
+    with lora.aside(net):
+        on_all_ranks(lambda: model.load_weights(net, directory, local_rows))
+    lora.start(net, run.options.seed)
     return net
 
 
@@ -152,11 +165,13 @@ def release(run):
 
 def export(run, net, directory, source, loss):
     """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
-    stream = ((name, shards.whole(parameter, run.dtype, run.rank == 0)) for name, parameter in net.named_parameters())
+    shapes, adapters = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}, lora.names(net)
+    shapes = {name: shape for name, shape in shapes.items() if name not in adapters}
+    stream = lora.merged(net, run.dtype, run.rank == 0)
     width = 4 if run.dtype == torch.float32 else 2
 
     def write():
+        outdir.check(run.out)
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
         (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
         card = model_card(loss, run.options.model, run.options.data, source, command)
@@ -181,15 +196,20 @@ def rows(flat, pack):
 
 
 def to_device(pack, device):
-    """The pack with its tensors on the device."""
+    """The pack with its tensors on the device; nobody waits for the copies."""
     if device.type == "cpu":
         return pack
-    return pack._make(x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x for x in pack)
+    return pack._make(moved(x, device) if torch.is_tensor(x) else x for x in pack)
+
+
+def moved(x, device):
+    """A tensor of the CPU on the device; nobody waits for the copy."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def size(pair):
-    """A pair's tokens in a pack, its prompt once."""
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    """A pair's tokens in a pack: its prompt once, no response's last token."""
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2
 
 
 def scored(pair):
@@ -226,7 +246,7 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
             logp = net(pack.tokens, pack).cpu()  # [R]
         else:
             both = (*net(pack.tokens, pack, states=True), *guide(pack.tokens, pack, states=True))
-            logp = model.token_divergences(*both, net.compiled).cpu()  # [R]
+            logp = model.token_divergences(*both).cpu()  # [R]
             del both
         if indices:
             mine |= zip(indices, (part.clone() for part in logp.split([scored(pairs[i]) for i in indices])))
@@ -266,6 +286,7 @@ def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
     wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
     if wrong:
         raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
+    on_rank_0(lambda: outdir.check(run.out))
     on_rank_0(lambda: cache.write(where, kind, key, torch.cat(found)))
     return found
 
@@ -294,10 +315,10 @@ def pack_loss(stage, options, logp, pack, indices, tally):
     tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
     for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
         if frozen is not None:
-            tensors[name] = rows(torch.cat([frozen[i] for i in indices]).to(logp.device), pack)  # [B, T] each
+            tensors[name] = rows(moved(torch.cat([frozen[i] for i in indices]), logp.device), pack)  # [B, T] each
     result = loss_of(stage.loss, options, tensors)
     weights = [stage.pairs[i].weight if i < len(stage.pairs) else 1.0 for i in indices]  # evaluation knows none
-    result = result._replace(losses=torch.tensor(weights, device=logp.device) * result.losses)
+    result = result._replace(losses=moved(torch.tensor(weights), logp.device) * result.losses)
     tally.add(result, tensors["lengths"])
     return result
 
@@ -400,6 +421,7 @@ def train(run, stage, directory):
         net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=options.weight_decay, fused=True
     )
     training = Training(stage.loss, net, optimiser, *preview.steps(options, len(stage.pairs)))
+    say(preview.stages(options, len(stage.pairs))[-1 if stage.loss == options.loss else 0], run.rank)
     resume(run, training)
     stop_if_told(run, state="nothing to save yet")  # from here on a signal waits for the end of a step
     bar, final = Progress(training.total, stage.loss, run.rank, start=training.step), None
@@ -412,11 +434,12 @@ def train(run, stage, directory):
         if over:
             break
         row = next_step(run, stage, training)
-        bar.advance(1, **{name: row[name] for name in SHOWN if name in row})
+        bar.advance(1, **shown(row))
         if due(training, options.save_every):
             save(run, training)
         heed(run, training)
     bar.close()
+    on_rank_0(run.metrics.sync)  # the last evaluation too is on the disk before a model that nobody evaluates again
     return net, final
 
 
@@ -432,14 +455,16 @@ def next_step(run, stage, training):
     try:
         row = optimiser_step(run, training.net, training.optimiser, stage, batch)
     except RunFailed as failure:
-        mend = "a lower --lr or --alpha" if run.dtype == torch.float32 else "a lower --lr or --dtype float32"
+        mend = "a lower --lr, --beta or --alpha" if stage.loss == "tgdpo" else "a lower --lr or --beta"
+        mend += "" if run.dtype == torch.float32 else ", or --dtype float32"
         raise RunFailed(
             f"{stage.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "
             f"the last checkpoint is {last_checkpoint(run)}; try {mend}"
         ) from None
     training.step += 1
     taken = [stage.pairs[i] for i in batch]
-    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, training.net.config)}
+    config = training.net.config
+    row |= {"lr": rate, **flops.speed(run.device, run.world, taken, began, config, options.lora_rank)}
     run.metrics.write({"stage": stage.loss, "step": training.step, "epoch": epoch + 1} | row)
     return row
 
@@ -462,6 +487,7 @@ def evaluate(run, stage, training):
     found = log_probs(run, training.net, stage.eval_pairs, "evaluation", lambda run: heed(run, training), side_job=True)
     row = figures(run, stage, found) | flops.speed(run.device, run.world, stage.eval_pairs, began)
     run.metrics.write({"stage": stage.loss, "step": training.step, "eval": True} | row)
+    say(f"{stage.loss} {training.step}/{training.total} held out  {words(shown(row))}", run.rank)
     return found
 
 
@@ -533,6 +559,8 @@ def describe(options, inputs, dtype):
         "with": read(options.with_) or None,
         "centred guidance": options.centre_guidance or None,
         "max steps": options.max_steps or None,
+        "lora rank": options.lora_rank or None,
+        "lora alpha": options.lora_alpha if options.lora_rank else None,
         "data": data.fingerprint(inputs.pairs),
         "evaluation data": data.fingerprint(inputs.eval_pairs),
         "chat template": inputs.tokenizer.digest,
@@ -576,14 +604,13 @@ def whole_run(options, ranks, out):
 def begin(options, ranks, out, inputs):
     """The run, laid out and written down in `out`. None where nothing is to be done: with --dry-run it is shown, and
     what --resume finds ended well with --keep 0 is said to be."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        options.dtype, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    )
+    dtype = gpu.compute_type(ranks.device, options.dtype)
     config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
     beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
-    for line in preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
+    ahead = [] if options.dry_run else preview.stages(options, len(pairs))
+    for line in ahead + preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
         on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))
@@ -594,7 +621,9 @@ def begin(options, ranks, out, inputs):
         if options.resume and results.is_over(out, identity):
             return None
         results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
-        if options.overwrite:
+        if options.overwrite and outdir.results_in(out):
+            for directory in filter(None, (source, guide)):
+                check_finite(directory)  # before what stands there is removed for it
             outdir.clear(out, options)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
@@ -615,7 +644,12 @@ def lay_out(options, ranks, config, dtype, longest):
     if ranks.world % group:
         raise BadInput(f"--hsdp {group}: {ranks.world} ranks do not divide into groups of {group}")
     room = torch.cuda.get_device_properties(ranks.device).total_memory if kind == "cuda" else 0
-    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room)
+    compiled, why_not = options.compile, gpu.why_no_compile(kind) if options.compile or kind == "cuda" else None
+    if compiled and why_not:
+        raise BadInput(f"--compile: {why_not}; install it, or leave --compile out")
+    if kind == "cuda" and compiled is None and why_not:
+        say(f"not compiled, which would be faster: {why_not}", ranks.rank)
+    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room, kind == "cuda" and not why_not)
     if options.hsdp:
         return plan, dist.init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("copies", "shards"))
     return plan, dist.init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shards",))
@@ -624,7 +658,7 @@ def lay_out(options, ranks, config, dtype, longest):
 def train_guide(run, inputs, ref):
     """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. Returns its directory."""
     directory = os.path.join(run.out, "guide")
-    if new := not on_rank_0(lambda: results.has_guide(run.out)):
+    if new := not on_rank_0(lambda: results.has_guide(run.out, model.check)):
         guide, _ = train(run, Stage("dpo", inputs.pairs, inputs.eval_pairs, ref, None), inputs.source)
         export(run, guide, directory, inputs.source, "dpo")
         del guide
@@ -671,6 +705,8 @@ def train_policy(run, inputs, stage):
     """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
     policy, logps = train(run, stage, inputs.source)
     export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
+    if run.options.lora_rank:
+        lora.save(policy, os.path.join(run.out, "adapter"), run.options.model)
     if logps is None:
         logps = log_probs(run, policy, inputs.pairs[: run.options.report_pairs], "log-probs of the policy")
     answers = answer(run, policy, inputs)
@@ -689,15 +725,43 @@ def tell_results(run, inputs, logps, answers, guide_source):
             answers[name] = answer(run, net, inputs)
             del net
             release(run)
-    shown = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
-    logps |= {name: logps[name] and logps[name][shown] for name in ("ref", "guide", "centre")}
+    part = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
+    logps |= {name: logps[name] and logps[name][part] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
-    judgements = judged(run.options, pairs, logps)
-    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers))
+    judgements, gold = judged(run.options, pairs, logps), {}
+    run.signals.finish()
+    if run.options.model == str(option_table.TINY / "model"):
+        models = {"ref": inputs.source, "guide": guide_source, "policy": os.path.join(run.out, "policy")}
+        gold = on_rank_0(lambda: gold_figures(inputs, models, run.options.sample_tokens))
+    on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers, gold))
     if report:
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
     on_rank_0(lambda: results.end(run.out, run.options))
+
+
+@torch.no_grad()
+def gold_figures(inputs, directories, longest):
+    """{model: {gold, wins, kl}} of the bundled example, whose true reward is known: of two replies that each model
+    draws to each prompt, their gold reward, how often it is above the reference's (a tie is half), and log pi/pi_ref.
+    directories: {ref, guide (or None), policy -> the model's}; longest: a reply, in tokens."""
+    try:
+        from examples.tiny.language import gold_reward
+    except ImportError:
+        return {}
+    stop, pairs = set(inputs.tokenizer.end_ids), inputs.eval_pairs or inputs.pairs[:256]
+    nets = {name: model.load_model(directory) for name, directory in directories.items() if directory}
+    asked, golds, figures = [pair.prompt.tolist() for pair in pairs for _ in range(2)], {}, {}
+    for name, net in nets.items():
+        drawn = model.generate(net, asked, longest, stop, 1.0, torch.Generator().manual_seed(0))
+        texts = (inputs.tokenizer.decode([i for i in ids if i not in stop]) for ids in drawn)
+        golds[name] = gold = np.array([gold_reward(text) for text in texts])
+        replies = [np.array(ids, np.int32) for ids in drawn]
+        pack = data.collate([p._replace(chosen=a, rejected=b) for p, a, b in zip(pairs, replies[::2], replies[1::2])])
+        moved = net(pack.tokens, pack).sum() - nets["ref"](pack.tokens, pack).sum()
+        wins = (np.sign(gold - golds["ref"]) + 1).mean() / 2
+        figures[name] = {"gold": gold.mean().item(), "wins": wins.item(), "kl": moved.item() / len(drawn)}
+    return figures
 
 
 def after_export(run):
@@ -726,7 +790,7 @@ def answer(run, net, inputs, heed=after_export):
 
 
 def main(argv=None):
-    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 130 or 143 after a signal."""
+    """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 128 + N after signal N."""
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
@@ -749,4 +813,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    supported.end(main())

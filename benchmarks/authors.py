@@ -34,6 +34,7 @@ def train(
     after_step(None) comes once before the first, when the models stand. On CUDA the models' weights are bfloat16 but
     for the policy's, which are float32 under bfloat16 autocast.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in train.py: it builds a plan for every new shape
     autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
     frozen = torch.bfloat16 if device == "cuda" else torch.float32
     policy, ref, guide = (

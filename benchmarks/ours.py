@@ -5,9 +5,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from runtime import allocator
+
+allocator.prepare()  # as train.py does when it is started
+
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train as trainer
 from runtime import options as option_table

@@ -6,7 +6,7 @@ import textwrap
 from huggingface_hub import ModelCardData, metadata_load
 
 from files.export import synced
-from files.hub import DATA_ID, MODEL_ID
+from files.hub import CARD_LIMIT, DATA_ID, MODEL_ID
 
 LOSSES = {"tgdpo": "TGDPO", "dpo": "DPO", "simpo": "SimPO"}
 CITATION = """@inproceedings{zhu2025tgdpo,
@@ -59,8 +59,9 @@ def model_card(loss, model, data, source, command):
 
 def licence(source):
     """What the card in the directory `source` says of its licence, as fields of ModelCardData; or {}."""
+    path = os.path.join(source, "README.md")
     try:
-        known = metadata_load(os.path.join(source, "README.md")) or {}
+        known = metadata_load(path) or {} if os.path.getsize(path) <= CARD_LIMIT else {}
     except Exception:  # no card, or whatever a stranger's YAML raises: the export does without
         return {}
     names = ["license", "license_name"]

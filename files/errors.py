@@ -1,5 +1,7 @@
 """What is wrong with what the program was given: one exception, and words that fit a line."""
 
+import contextlib
+
 
 class BadInput(ValueError):
     """Input that cannot be used: what, where and the mend in one line (bad rows: a line each). Exit status 2."""
@@ -7,6 +9,16 @@ class BadInput(ValueError):
 
 class BadRow(BadInput):
     """A row that cannot be read: "kind: detail". File and row are added where they are known."""
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError of the block, such as a full disk's, names the file that it was about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def brief(text):

@@ -13,6 +13,8 @@ import shutil
 
 import torch
 
+from files.config import architecture
+from files.errors import naming
 from files.weights import INDEX, PIECE, SINGLE, read_json
 
 DTYPE_NAMES = {torch.float32: ("F32", "float32", 4), torch.bfloat16: ("BF16", "bfloat16", 2)}
@@ -26,7 +28,7 @@ def as_used(source, tokenizer):
     """The directory `source` with what a run with `tokenizer` (a ChatTokenizer) used -> (the object of config.json,
     {name: text} of the other JSON files that change). Before training it finds what cannot be exported: BadInput.
 
-    - RoPE stands in config.json in both its spellings.
+    - RoPE stands in config.json in both its spellings, and the architecture where there was only a model_type.
     - eos_token_id holds what ends the assistant's turn, first where it was missing; eos_token is that token.
     - pad_token is eos_token where there is none that the vocabulary has.
     - chat_template is the one that rendered the prompts."""
@@ -54,7 +56,7 @@ def as_used(source, tokenizer):
             if token != tokens.get(kind):
                 ours[kind] = token
     names["chat_template"] = tokenizer.template
-    config |= spelled_twice(config)
+    config |= spelled_twice(config) | {"architectures": [architecture(config)]}
     changed = zip(CHANGING, (generation, names, older))
     return config, {name: json.dumps(ours, indent=2) for name, ours in changed if ours != came[name]}
 
@@ -143,7 +145,7 @@ def save_model(directory, source, shapes, tensors, dtype, copies=(), texts=None,
 @contextlib.contextmanager
 def synced(path):
     """A file opened to write bytes, on the disk when it closes."""
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

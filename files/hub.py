@@ -10,9 +10,11 @@ import fnmatch
 import glob
 import os
 import re
+import sys
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import disable_progress_bars
 
 from files.errors import BadInput, brief, some
 
@@ -149,7 +151,9 @@ def split_files(name, paths, configs, split):
 
 @contextlib.contextmanager
 def explained(name, kind):
-    """Turns what huggingface_hub raises into one line: what, and the mend."""
+    """Turns what huggingface_hub raises into one line: what, and the mend. Its progress bars are for terminals."""
+    if not (sys.stderr and sys.stderr.isatty()) and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        disable_progress_bars()
     try:
         yield
     except BadInput:

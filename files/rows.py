@@ -9,12 +9,15 @@ import zlib
 from files.errors import BadInput, BadRow, brief
 
 BATCH = 512  # rows of a parquet file that are decoded at a time
+LINE = 1 << 28  # bytes of the longest line that is read: a row of a quarter of a gigabyte
+UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")  # how text that is not UTF-8 begins
+OBJECT = 1 << 26  # bytes of a JSON object beside a model
 
 
-def open_file(path):
-    """Opens a regular file of bytes; BadInput says what else stands there."""
+def open_file(path, most=None):
+    """Opens a regular file of bytes, of `most` bytes at most; BadInput says what else stands there."""
     try:
-        mode = path.stat().st_mode
+        mode, size = path.stat().st_mode, path.stat().st_size
         regular = stat.S_ISREG(mode)
         file = open(path, "rb") if regular else None
         head = file.peek(64) if regular else b""
@@ -26,6 +29,7 @@ def open_file(path):
         (stat.S_ISDIR(mode), "is a directory; name the files in it"),
         (not regular, "is a pipe or a device, not a regular file"),
         (not head, "is empty"),
+        (most and size > most, f"has {size / 1e6:.0f} MB, more than such a file ever has"),
         (head.startswith(b"\x1f\x8b") and path.suffix != ".gz", "is compressed with gzip; gunzip it first"),
         (path.suffix == ".gz" and not head.startswith(b"\x1f\x8b"), "is not compressed with gzip, as its name says"),
         (
@@ -86,18 +90,37 @@ def rows_of(path, suffix, file):
         rows = enumerate(parquet_rows(path), 1)
     elif suffix not in (".jsonl", ".json"):
         raise BadInput(f"{path}: unknown suffix {path.suffix!r}; .jsonl, .json and .parquet are read")
+    elif file.peek(4).startswith(UTF_16):
+        raise BadInput(f"{path}: is UTF-16 or UTF-32 text; save it as UTF-8")
     elif file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         values = parse(file.read())
         if isinstance(values, BadRow):
             raise BadInput(f"{path}: {values}")
         rows = enumerate(values, 1)
     else:  # a file of bytes splits at newlines only, not at U+2028 as str.splitlines() does
-        rows = ((row, parse(line.rstrip())) for row, line in enumerate(file, 1) if line.strip())
+        rows = ((row, line_value(line)) for row, line in enumerate(lines_of(file), 1) if not line or line.strip())
     first = next(rows, None)
     if first is None:
         raise BadInput(f"{path}: has no rows")
     yield first
     yield from rows
+
+
+def lines_of(file):
+    """The lines of a file of bytes; None for one that is longer than LINE, which is passed over."""
+    while line := file.readline(LINE):
+        if len(line) < LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        del line
+        while (rest := file.readline(LINE)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def line_value(line):
+    """The value of a line, or a BadRow."""
+    return BadRow(f"too long: the line has more than {LINE >> 20} MiB") if line is None else parse(line.rstrip())
 
 
 def parquet_rows(path):
@@ -109,15 +132,18 @@ def parquet_rows(path):
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH):
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInput(f"{path}: is no parquet file that pyarrow reads: {brief(error)}") from None
+    except Exception as error:  # whatever pyarrow raises: for a date beyond Python's it is an OverflowError
+        raise BadInput(
+            f"{path}: is no parquet file that pyarrow reads into rows: {brief(error)}; a column of another type may "
+            "hold what Python has no value for: leave it out"
+        ) from None
 
 
 def read_object(path):
     """The object of a JSON file, or {} where there is no such file."""
     if not path.exists():
         return {}
-    with open_file(path) as file:
+    with open_file(path, OBJECT) as file:
         value = parse(file.read())
     if not isinstance(value, dict):
         raise BadInput(f"{path}: " + (str(value) if isinstance(value, BadRow) else "must be a JSON object"))

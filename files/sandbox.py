@@ -1,9 +1,9 @@
 """Renders chat templates, which strangers wrote, in a process of its own with limits on memory and time.
 
 template.py runs this file as a script and talks to it in JSON, one object a line. First {"template", "tokens"},
-answered by {}; then {"prompt": messages, "replies": [text]}, answered by {"texts": [prompt with generation
-prompt, then the conversation with each reply]}. Else {"row": why} where the template fails on this row,
-{"template": why} where it must not be used at all. Taking too long ends the process by SIGPROF.
+answered by {}; then {"prompt": messages, "replies": [text]}, answered by {"texts": [prompt with generation prompt, the
+same with enable_thinking=False, then the conversation with each reply]}. Else {"row": why} where the template fails on
+this row, {"template": why} where it must not be used at all. Taking too long ends the process by SIGPROF.
 """
 
 import datetime
@@ -80,10 +80,10 @@ def answer(job, template, tokens):
     prompt, texts = job["prompt"], []
     limit = 1_000_000 + 100 * sum(len(message["content"]) for message in prompt)  # characters
     try:
-        for reply in [None, *job["replies"]]:
+        for reply, switch in [(None, {}), (None, {"enable_thinking": False}), *((r, {}) for r in job["replies"])]:
             messages = prompt if reply is None else [*prompt, {"role": "assistant", "content": reply}]
             given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": reply is None}
-            text = template.render(**given, **tokens)
+            text = template.render(**given, **switch, **tokens)
             if len(text) > limit + 100 * len(reply or ""):
                 raise MemoryError
             text.encode()

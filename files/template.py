@@ -10,6 +10,7 @@ from pathlib import Path
 from files.errors import BadInput, BadRow, brief
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
+THINK = "<think>"  # a reply that begins so shows its reasoning
 
 
 class ChatTemplate:
@@ -63,9 +64,17 @@ class ChatTemplate:
         return answer
 
     def render(self, prompt, replies=()):
-        """The text of the prompt with the generation prompt, then of the conversation with each reply."""
+        """The text of the prompt with the generation prompt, then of the conversation with each reply.
+
+        What the template writes before replies without reasoning (Qwen3's empty <think> block) ends the prompt, where
+        inference with enable_thinking=False feeds it."""
         with self.lock:
             answer = self.ask({"prompt": prompt, "replies": replies})
         if "row" in answer:
-            raise BadRow(f"refused by the chat template: {brief(answer['row'])} ({self.name})")
-        return answer["texts"]
+            mend = "; put the system message into the first user message" if "system" in answer["row"].lower() else ""
+            raise BadRow(f"refused by the chat template: {brief(answer['row'])} ({self.name}){mend}")
+        plain, quiet, *dialogues = answer["texts"]
+        answers = replies and not any(reply.lstrip().startswith(THINK) for reply in replies)
+        if answers and quiet.startswith(plain) and all(dialogue.startswith(quiet) for dialogue in dialogues):
+            return [quiet, *dialogues]
+        return [plain, *dialogues]

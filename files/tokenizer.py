@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ import tokenizers
 
 from files.errors import BadInput, BadRow, brief
 from files.rows import open_file, read_object
-from files.template import ChatTemplate
+from files.template import THINK, ChatTemplate
 
+TRIAL = Path(__file__).with_name("trial.py")
+LARGEST_VOCABULARY, LARGEST_TEMPLATE = 1 << 28, 1 << 24  # bytes
+_tried = set()  # digests of the tokenizer.json that stood the trial
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -78,7 +83,8 @@ class ChatTokenizer:
 
         The template writes the dialogue as [prompt][lead][reply][tail][end token][rest]. Scored are lead, reply and
         end token (eos where the template has none). Blanks that the template adds as a tail are not: at
-        inference the turn ends right behind the reply.
+        inference the turn ends right behind the reply. A reply that begins with <think> is scored as it is, however
+        the template would lay its reasoning out.
         """
         after = dialogue[len(prompt) :]
         core = reply.strip()
@@ -87,8 +93,15 @@ class ChatTokenizer:
         body = after[: end.start()] if end else after  # [lead][reply][tail]
         lead = len(body) - len(body.lstrip())
         text, tail = body[: lead + len(core)], body[lead + len(core) :]
+        if core.startswith(THINK) and body.lstrip().startswith(THINK):
+            text, lead, tail = core, 0, ""
         if not prompt or not dialogue.startswith(prompt):
             fault = "changes the prompt: with a response, the conversation does not begin with what inference feeds"
+        elif text[lead:] != core and body.lstrip().startswith(THINK):
+            fault = (
+                f"writes {brief(body[: body.find(core)])!r} before a response without reasoning, which cannot stand in "
+                "the prompt: the other response begins with <think>, or the template has no enable_thinking"
+            )
         elif text[lead:] != core and core in after:
             found = brief(after[: after.find(core)])
             fault = f"writes no generation prompt: {found!r} stands before the response"
@@ -147,9 +160,11 @@ def load_tokenizer(directory, chat_template=None):
     refused when something is to be rendered. Raises BadInput.
     """
     directory = Path(directory)
-    with open_file(directory / "tokenizer.json") as file:
+    with open_file(directory / "tokenizer.json", LARGEST_VOCABULARY) as file:
+        content = file.read()
+        try_out(content, file.name)
         try:
-            backend = tokenizers.Tokenizer.from_buffer(file.read())
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exceptions
             raise BadInput(f"{file.name}: the tokenizers library cannot read it: {brief(error)}") from None
     vocabulary = backend.get_vocab()
@@ -161,7 +176,7 @@ def load_tokenizer(directory, chat_template=None):
     name = directory / "tokenizer_config.json"
     file = Path(chat_template or directory / "chat_template.jinja")
     if chat_template or file.exists():
-        with open_file(file) as opened:
+        with open_file(file, LARGEST_TEMPLATE) as opened:
             try:
                 template, name = opened.read().decode("utf-8-sig"), file
             except UnicodeDecodeError:
@@ -170,6 +185,20 @@ def load_tokenizer(directory, chat_template=None):
     plain = [token for token in tokens.values() if token in vocabulary and token not in added]
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
     return ChatTokenizer(directory, backend, tokens, template, name)
+
+
+def try_out(content, name):
+    """Raises BadInput where the tokenizers library panics with the bytes of a tokenizer.json, or takes for ever."""
+    digest = hashlib.sha256(content).digest()
+    if digest in _tried:
+        return
+    done = subprocess.run([sys.executable, "-P", str(TRIAL)], input=content, capture_output=True)
+    fault = brief(done.stdout.decode(errors="replace"))
+    if done.returncode and not fault:
+        fault = f"a few lines of text take more than 20 seconds or 4 GiB (it ended with status {done.returncode})"
+    if fault:
+        raise BadInput(f"{name}: the tokenizers library fails on it: {fault}; fetch the model's own anew")
+    _tried.add(digest)
 
 
 def named_tokens(directory):

@@ -17,6 +17,7 @@ from files.errors import BadInput, brief
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+JSON_LIMIT = 64 << 20  # bytes of config.json or of an index
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEAD = "lm_head.weight"
 PIECE = 1 << 20  # numbers that are read, checked or written at once
@@ -85,13 +86,27 @@ def copy_tensor(path: str, name: str, target: torch.Tensor, start: int) -> None:
     of the file is in memory. Raises BadInput for values that are not finite."""
     with open_tensors(path) as file, torch.no_grad():
         stored = file.get_slice(name)[start : start + len(target)]  # pages of the file, not yet in memory
-        for piece, goal in zip(stored.flatten().split(PIECE), target.view(-1).split(PIECE)):
-            if not bool(piece.isfinite().all()):
-                raise BadInput(
-                    f"{path}: {name} holds values that are not finite; the file is "
-                    "damaged or the training that wrote it diverged"
-                )
+        for piece, goal in zip(finite_pieces(path, name, stored), target.view(-1).split(PIECE)):
             goal.copy_(piece)
+
+
+def check_finite(directory: str | os.PathLike) -> None:
+    """Raises BadInput where a weight of a checkpoint is not finite. Reads them all."""
+    for name, path in tensor_files(directory).items():
+        with open_tensors(path) as file:
+            for _ in finite_pieces(path, name, file.get_tensor(name)):
+                pass
+
+
+def finite_pieces(path, name, stored):
+    """The pieces of a tensor, flat. Raises BadInput for values that are not finite."""
+    for piece in stored.flatten().split(PIECE):
+        if not bool(piece.isfinite().all()):
+            raise BadInput(
+                f"{path}: {name} holds values that are not finite; the file is "
+                "damaged or the training that wrote it diverged"
+            )
+        yield piece
 
 
 def check_tied(path: str, embedding: torch.Tensor, start: int) -> None:
@@ -151,8 +166,10 @@ def _and_more(names):
 def read_json(path: str) -> dict:
     """The object in a JSON file. Raises BadInput."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG((status := os.stat(path)).st_mode):
             raise BadInput(f"{path}: no regular file")
+        if status.st_size > JSON_LIMIT:
+            raise BadInput(f"{path}: has {status.st_size / 1e6:.0f} MB, more than such a file ever has")
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
     except FileNotFoundError:

@@ -17,7 +17,6 @@ SIDES = ("chosen", "rejected")
 SIDE_COLOURS = (("chosen", "blue"), ("rejected", "orange"))
 NAMES = {"dpo": "DPO", "simpo": "SimPO", "tgdpo": "TGDPO"}
 KINDS = ("end token", "punctuation", "white space", "other")  # of tokens
-ROLES = {"dpo": "guide", "simpo": "guide", "tgdpo": "policy"}  # of a run's stages
 
 
 def number_of(value):
@@ -37,8 +36,8 @@ def chart(title, xlabel, series, **more):
     """A chart of several series on one list of x, None where a series has no value.
 
     series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth
-    (drawn over a pale y), low and high (a band), dash, right (the scale on the right). more: zero (the y axis
-    holds 0), note.
+    (drawn over a pale y), low and high (a band), dash. more: zero (the y axis holds 0), range (what the y axis holds),
+    small, note.
     """
     places = sorted({at for each in series for at in each["x"]})
     for each in series:
@@ -46,9 +45,6 @@ def chart(title, xlabel, series, **more):
             each[key] = plain_numbers(map(dict(zip(each["x"], each[key])).get, places))
     series = [{key: value for key, value in each.items() if key != "x"} for each in series]
     return {"title": title, "xlabel": xlabel, "x": plain_numbers(places), "series": series, **more}
-
-
-# --- curves ---------------------------------------------------------------------------------------
 
 
 def thinned(values):
@@ -67,66 +63,87 @@ def smoothed(values):
     return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
 
 
-# title; key of metrics.jsonl: (name, colour, None for the stage's own); more of the chart
-CURVES = (
-    ("Accuracy: pairs with margin > 0", {"dpo_accuracy": ("plain DPO", None), "accuracy": ("optimised", "purple")}, {}),
-    ("Reward margin", {"dpo_margin": ("plain DPO", None), "margin": ("optimised", "purple")}, {"zero": True}),
-    (
-        "Log-ratio to the reference, summed",
-        {"logratio_chosen": ("chosen", "blue"), "logratio_rejected": ("rejected", "orange")},
-        {"zero": True},
-    ),
-    ("Loss", {"loss": ("loss", None)}, {}),
-    (
-        "r̂ and f in the batch: mean, least and greatest",
-        {"r_hat_mean": ("r̂", "blue"), "f_mean": ("f", "purple"), "f_nonpositive": ("share of f ≤ 0", "orange")},
-        {"zero": True},
-    ),
-    ("Gradient norm, learning rate", {"grad_norm": ("gradient norm", None), "lr": ("learning rate", "orange")}, {}),
-    ("Tokens per second", {"tokens_per_second": ("tokens/s", None)}, {"zero": True}),
-)
-TRAINING_ONLY = ("r_hat_mean", "f_mean", "f_nonpositive", "grad_norm", "lr", "tokens_per_second")
+# key of metrics.jsonl: its title, and whether its axis holds 0. The first four are told of guide and policy together.
+CURVES = {
+    "dpo_accuracy": ("Plain DPO accuracy", False),
+    "dpo_margin": ("Plain DPO margin", True),
+    "logratio_chosen": ("log π/π_ref of the chosen response", True),
+    "logratio_rejected": ("log π/π_ref of the rejected response", True),
+    "loss": ("Loss", False),
+    "grad_norm": ("Gradient norm", True),
+    "lr": ("Learning rate", True),
+    "tokens_per_second": ("Tokens per second", True),
+    "accuracy": ("Accuracy by φ, the optimised margin", False),
+    "margin": ("φ, the optimised margin", True),
+    "r_hat_mean": ("r̂: mean, least and greatest", True),
+    "f_mean": ("f: mean, least and greatest", True),
+    "f_nonpositive": ("Share of tokens with f ≤ 0", True),
+}
+TRAINING_ONLY = ("grad_norm", "lr", "tokens_per_second", "r_hat_mean", "f_mean", "f_nonpositive")
+COLOURS = ("green", "purple", "orange", "blue", "accent")  # of lines on one axis
+ENOUGH = 3  # evaluations that make a curve
 
 
-def curve(rows, key, style, **look):
-    """The series of the rows that have a finite `key`, or None. Of a mean with extremes beside it, with a band."""
-    keys = ["step", key]
-    if key.endswith("_mean"):
-        keys += [key.replace("mean", "min"), key.replace("mean", "max")]
-    points = [[number_of(row.get(k)) for k in keys] for row in rows if bool(row.get("eval")) == (style == "dots")]
-    points = [point for point in points if None not in point]
-    if not points:
-        return None
-    x, y, *band = np.array(points, np.float64).T
+def points_of(rows, key, held_out):
+    """[N, 2 or 4] of the rows that have a finite `key`: step, value, and of a mean its least and greatest."""
+    keys = ["step", key] + [key.replace("mean", end) for end in ("min", "max") if key.endswith("_mean")]
+    points = [[number_of(row.get(k)) for k in keys] for row in rows if bool(row.get("eval")) == held_out]
+    return np.array([point for point in points if None not in point], np.float64).reshape(-1, len(keys))
+
+
+def curve(points, held_out=False, smooth=True, **look):
+    """The series of points_of: training as a line, smoothed over the raw one, held-out figures as joined dots."""
+    x, y, *band = points.T
     keep = thinned(y)
-    smooth = {"smooth": smoothed(y)[keep]} if style == "line" and key != "lr" else {}
-    band = {name: values[keep] for name, values in zip(("low", "high"), band)}
-    return {"x": x[keep].tolist(), "y": y[keep], "style": style, **look, **smooth, **band}
+    more = {name: values[keep] for name, values in zip(("low", "high"), band)}
+    more |= {"smooth": smoothed(y)[keep]} if smooth and not held_out else {}
+    return {"x": x[keep].tolist(), "y": y[keep], "style": "dots" if held_out else "line", **look, **more}
+
+
+def together(lines, rest=False):
+    """What is known of several trainings, on one axis against steps: charts of plain accuracy, margin and log-ratios.
+
+    lines: [(name, rows of metrics.jsonl)]; rest: the other charts instead. Held-out figures where there are ENOUGH of
+    them, else training's too."""
+    first, charts = list(CURVES)[:4], []
+    if not any(key in row for _, rows in lines for row in rows for key in first):  # SimPO knows no reference
+        first = ["accuracy", "margin"]
+    for key in [key for key in CURVES if key not in first] if rest else first:
+        series = []
+        for i, (name, rows) in enumerate(lines):
+            look = {"colour": COLOURS[i % len(COLOURS)], "dash": i >= len(COLOURS)}
+            held_out, training = points_of(rows, key, True)[:, :2], points_of(rows, key, False)[:, :2]
+            if len(held_out) < ENOUGH and len(training):
+                series.append(curve(training, smooth=key != "lr", name=f"{name}, training", **look))
+            if len(held_out):
+                series.append(curve(held_out, True, name=name, **look))
+        if series:
+            charts.append(chart(CURVES[key][0], "step", series, zero=CURVES[key][1], small=rest))
+    return charts
 
 
 def curves(stages):
-    """Charts of metrics.jsonl, all stages on the same axes, those before the last one dashed."""
+    """All charts of metrics.jsonl, one a quantity and stage, the stages of a quantity on the same scale."""
     charts = []
-    for title, quantities, more in CURVES:
-        series = []
+    for key, (title, zero) in CURVES.items():
+        row = []
         for stage in stages:
-            rows, last = stage["rows"], stage is stages[-1]
-            for key, (name, colour) in quantities.items():
-                if all(f"dpo_{key}" in row and row[f"dpo_{key}"] == row.get(key) for row in rows):
-                    continue  # a DPO stage optimises the plain margin
-                for part, style in (("training", "line"), ("held out", "dots")):
-                    words = [stage["role"]] * (len(stages) > 1) + [name] * (len(quantities) > 1)
-                    label = " ".join(words) + f", {part}" * (key not in TRAINING_ONLY)
-                    look = {"name": label.strip(", "), "colour": colour or ("blue" if last else "green")}
-                    found = curve(rows, key, style, **look, dash=not last, right=key == "lr")
-                    if found and (style == "line" or key not in TRAINING_ONLY):
-                        series.append(found)
-        if title == "Loss" and series and not any(row.get("stage") == "simpo" for row in stages[0]["rows"]):
-            steps = [each["x"][end] for each in series for end in (0, -1)]
-            look = {"colour": "muted", "style": "line", "dash": True}  # where training without a target margin begins
-            series.append({"name": "log 2", **look, "x": [min(steps), max(steps)], "y": [math.log(2)] * 2})
-        if series:
-            charts.append(chart(title, "step", series, **more))
+            rows, training = stage["rows"], points_of(stage["rows"], key, False)
+            if all(f"dpo_{key}" in each and each[f"dpo_{key}"] == each.get(key) for each in rows):
+                continue  # a DPO stage optimises the plain margin
+            held_out = () if key in TRAINING_ONLY else points_of(rows, key, True)
+            series = [curve(training, smooth=key != "lr", name="training", colour="blue")] if len(training) else []
+            series += [curve(held_out, True, name="held out", colour="orange")] if len(held_out) else []
+            if key == "loss" and series and rows[0].get("stage") != "simpo":  # where training begins
+                ends = [series[0]["x"][0], series[0]["x"][-1]]
+                log_2 = {"x": ends, "y": [math.log(2)] * 2, "style": "line", "dash": True}
+                series.append({"name": "log 2", "colour": "muted", **log_2})
+            if series:
+                name = f"{title}: {stage['role']}" if len(stages) > 1 else title
+                row.append(chart(name, "step", series, zero=zero, small=True))
+        seen = [y for each in row for one in each["series"] for name in ("y", "low", "high") for y in one.get(name, ())]
+        seen = [y for y in seen if y is not None]
+        charts += [each | {"range": [min(seen), max(seen) if max(seen) > min(seen) else min(seen) + 1]} for each in row]
     return charts
 
 
@@ -143,14 +160,12 @@ def stages_of(rows, loss):
     stages = []
     for stage in dict.fromkeys(key[0] for key in newest):
         part = sorted((row for key, row in newest.items() if key[0] == stage), key=lambda row: row["step"])
-        title = NAMES.get(stage, visible(stage))
+        title, role = NAMES.get(stage, visible(stage)), "policy"
         if loss == "tgdpo":
             title = f"Stage 2: {title}" if stage == "tgdpo" else f"Stage 1: the guide, trained with {title}"
-        stages.append({"title": title, "role": ROLES.get(stage, visible(stage)), "rows": part})
+            role = {"tgdpo": "policy", "dpo": "guide"}.get(stage, visible(stage))
+        stages.append({"title": title, "role": role, "rows": part})
     return stages
-
-
-# --- what moved -----------------------------------------------------------------------------------
 
 
 def with_recorded(pairs, name):
@@ -222,7 +237,7 @@ def carriers(pairs, symbol, reward, f):
     """The table of what carries the reward: its columns, its rows, and the end token."""
     last = collections.Counter(getattr(pair, side)["tokens"][-1] for pair in pairs for side in SIDES)
     end = last.most_common(1)[0][0]  # the end-of-turn token, unless most responses were cut
-    columns = ["", "", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * bool(f)
+    columns = ["", "side", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * bool(f)
     table = {}
     for s, side in enumerate(SIDES):
         responses = [getattr(pair, side)["tokens"] for pair in pairs]

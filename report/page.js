@@ -1,6 +1,7 @@
 // Draws the page from the JSON beside this script; charts by uPlot, which stands in front of it. Text reaches the
 // page through text nodes alone.
-const data = JSON.parse(document.getElementById("data").textContent);
+const nothing = {pairs: [], samples: [], growth: []};    // of several runs
+const data = {...nothing, ...JSON.parse(document.getElementById("data").textContent)};
 
 function el(name, attributes, ...children) {
   const node = document.createElement(name);
@@ -18,6 +19,18 @@ function short(value) {
 
 const signed = value => (value > 0 ? "+" : "") + short(value);
 
+// Arrow keys, Home and End on a box lead from place at() of `count` to another.
+function onArrows(box, count, at, go) {
+  const forward = box.dir === "rtl" ? -1 : 1;
+  box.addEventListener("keydown", event => {
+    const ways = {ArrowLeft: -forward, ArrowRight: forward, ArrowUp: -1, ArrowDown: 1, Home: -count, End: count};
+    const by = ways[event.key];
+    if (by === undefined) return;
+    event.preventDefault();
+    go(Math.max(0, Math.min(count - 1, at() + by)));
+  });
+}
+
 // --- charts --------------------------------------------------------------------------------------
 
 const css = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -27,10 +40,10 @@ const pale = (colour, share) => colour + Math.round(255 * share).toString(16);  
 // without a line in the legend.
 function seriesOf(each) {
   const {name: label, y, low, high, smooth, style} = each;
-  const colour = css(each.colour), scale = each.right ? "right" : "y", dash = each.dash ? [6, 4] : undefined;
-  const drawn = {label, scale, spanGaps: true, points: {show: false}}, silent = {...drawn, class: "silent"};
+  const colour = css(each.colour), dash = each.dash ? [6, 4] : undefined;
+  const drawn = {label, spanGaps: true, points: {show: false}}, silent = {...drawn, class: "silent"};
   const extremes = i => low && low[i] !== null ? ` (${short(low[i])} to ${short(high[i])})` : "";
-  const look = {...drawn, colour, dash, stroke: smooth ? pale(colour, .3) : colour, width: style === "line" ? 1.5 : 1,
+  const look = {...drawn, colour, dash, stroke: smooth ? pale(colour, .3) : colour, width: style === "bars" ? 1 : 1.5,
     value: (u, value, _, i) => value === null || value === undefined ? "–" : short(value) + extremes(i)};
   const dots = {show: true, size: 6, stroke: colour, fill: colour};
   if (style === "bars") Object.assign(look, {fill: pale(colour, .25), paths: uPlot.paths.bars({size: [1]})});
@@ -55,39 +68,34 @@ function drawChart(plot, chart) {
   const bands = flat.flatMap(({fills}, i) => fills ? [{series: [i + 1, i + 2], fill: fills}] : []);
   const axis = {stroke: css("muted"), font: "11.5px system-ui, sans-serif", grid: {stroke: css("grid"), width: 1},
     ticks: {stroke: css("edge"), width: 1, size: 4}};
-  const words = (u, ticks) => ticks.map(tick => ["step", "tokens"].includes(chart.xlabel) && tick % 1 ? "" : short(tick));
+  const whole = ["step", "tokens"].includes(chart.xlabel), words = (u, ticks) =>
+    ticks.map(tick => whole && tick % 1 ? "" : short(tick));
   const half = chart.series[0].style === "bars" ? (chart.x[1] - chart.x[0]) / 2 : 0;
   const end = {pad: .05, soft: 0, mode: chart.zero ? 1 : 0}, height = {min: end, max: end};   // mode 1: with 0
   const rest = u => {                     // without a pointer, the legend of a curve tells where it ends
     if (chart.xlabel === "step") u.setLegend({idxs: u.data.map((_, i) => nearestValue(u, i, chart.x.length - 1))});
   };
-  const numbers = {...axis, size: 56, space: 32, values: (u, ticks) => ticks.map(short)};
-  const right = flat.some(({scale}) => scale === "right");
   const u = new uPlot({
-    width: plot.clientWidth, height: 230, bands, series: [{label: chart.xlabel, value: (u, x) => short(x)}, ...flat],
-    axes: [{...axis, values: words, size: 30, space: 60}, numbers,
-      ...(right ? [{...numbers, scale: "right", side: 1, grid: {show: false}}] : [])],
+    width: plot.clientWidth, height: chart.small ? 150 : 230, bands,
+    series: [{label: chart.xlabel, value: (u, x) => short(x)}, ...flat],
+    axes: [{...axis, values: words, size: 30, space: 60},
+      {...axis, size: 56, space: 32, values: (u, ticks) => ticks.map(short)}],
     scales: {x: {time: false, range: (u, low, high) => low === high ? [low - 1, high + 1] : [low - half, high + half]},
-      y: {range: height}, ...(right ? {right: {range: height}} : {})},
+      y: {range: chart.range ? () => uPlot.rangeNum(...chart.range, height) : height}},
     cursor: {dataIdx: nearestValue, sync: {key: chart.xlabel, scales: ["x", null]}, y: false, points: {size: 6}},
     legend: {markers: {width: 2, stroke: (u, i) => u.series[i].colour, fill: (u, i) => u.series[i].fill || "transparent",
       dash: (u, i) => u.series[i].dash ? "dashed" : "solid"}},
-    hooks: {setCursor: [u => { if (u.cursor.idx === null) rest(u); }], setSeries: [(u, i, {show}) => u.series.forEach((each, k) => {        // with what has no line of its own
-      if (each.label === u.series[i].label && each.show !== show) u.setSeries(k, {show});
-    })]},
+    hooks: {setCursor: [u => { if (u.cursor.idx === null) rest(u); }],
+      setSeries: [(u, i, {show}) => u.series.forEach((each, k) => {        // with what has no line of its own
+        if (each.label === u.series[i].label && each.show !== show) u.setSeries(k, {show});
+      })]},
   }, [chart.x, ...lists.map(([values]) => values)], plot);
   rest(u);
   u.root.tabIndex = 0;
   u.root.setAttribute("role", "group");
   u.root.setAttribute("aria-label", `${chart.title}. Arrow keys read it point by point.`);
   let at = -1;
-  u.root.addEventListener("keydown", event => {
-    const end = chart.x.length - 1, to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: end}[event.key];
-    if (to === undefined) return;
-    event.preventDefault();
-    at = Math.max(0, Math.min(end, to));
-    u.setCursor({left: u.valToPos(chart.x[at], "x"), top: 10});
-  });
+  onArrows(u.root, chart.x.length, () => at, to => u.setCursor({left: u.valToPos(chart.x[at = to], "x"), top: 10}));
   u.root.addEventListener("blur", () => u.setCursor({left: -10, top: -10}));
   return u;
 }
@@ -99,21 +107,21 @@ function chartFigure(chart) {
     if (drawn) drawn.destroy();
     drawn = drawChart(plot, chart);
   };
-  new ResizeObserver(() => requestAnimationFrame(() => {
-    if (!drawn || plot.clientWidth !== drawn.width) draw();
-  })).observe(plot);
+  const fit = () => { if (!drawn || plot.clientWidth !== drawn.width) draw(); };
+  new ResizeObserver(() => requestAnimationFrame(fit)).observe(plot);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   return el("figure", {}, el("figcaption", {}, chart.title), plot, el("div", {class: "note"}, chart.note || ""));
 }
 
-const charts = list => el("div", {class: "grid"}, ...list.map(chartFigure));
+const charts = (list, kind = "grid") => el("div", {class: kind}, ...list.map(chartFigure));
 
 // --- tables --------------------------------------------------------------------------------------
 
 function tableBox(title, columns, rows, kind = "") {
   const line = (cells, scope) => el("tr", {}, ...cells.map((text, i) =>
-    el(i && scope === "row" ? "td" : "th", i && scope === "row" ? {} : {scope}, text)));
-  return el("div", {class: "box " + kind, tabindex: 0, role: "region", "aria-label": title}, el("table", {},
+    i && scope === "row" ? el("td", {"data-column": columns[i]}, text) : el("th", {scope}, text)));
+  const wide = columns.length > 2 ? " wide" : "";    // a phone sets each row's cells below each other
+  return el("div", {class: "box " + kind + wide, tabindex: 0, role: "region", "aria-label": title}, el("table", {},
     columns.some(name => name) ? el("thead", {}, line(columns, "col")) : null,
     el("tbody", {}, ...rows.map(row => line(row, "row")))));
 }
@@ -126,15 +134,8 @@ const fold = (open, kind, title, ...children) =>
 // Arrow keys walk a list, which is one tab stop for all its items.
 function rove(box, items, at, enter) {
   let current = at;
-  const forward = box.dir === "rtl" ? -1 : 1;
   items.forEach((item, i) => { item.tabIndex = i === at ? 0 : -1; });
-  box.addEventListener("keydown", event => {
-    const to = {ArrowLeft: current - forward, ArrowRight: current + forward, ArrowUp: current - 1,
-      ArrowDown: current + 1, Home: 0, End: items.length - 1}[event.key];
-    if (to === undefined) return;
-    event.preventDefault();
-    items[Math.max(0, Math.min(items.length - 1, to))].focus();
-  });
+  onArrows(box, items.length, () => current, to => items[to].focus());
   box.addEventListener("focusin", event => {
     items[current].tabIndex = -1;
     current = items.indexOf(event.target.closest("[role=option]"));
@@ -147,11 +148,7 @@ function rove(box, items, at, enter) {
   });
 }
 
-function unpack(text, type) {
-  const bytes = Uint8Array.from(atob(text), character => character.charCodeAt(0));
-  return new type(bytes.buffer);
-}
-
+const unpack = (text, type) => new type(Uint8Array.from(atob(text), character => character.charCodeAt(0)).buffer);
 const SIDES = ["chosen", "rejected"];
 const FACTS = [["reward", data.symbol, signed], ["f", "weight f", f => short(f) + (f <= 0 ? " (sign flips)" : "")],
   ["share", "share of Σ|f|", share => (100 * share).toFixed(2) + "%"], ["ref", "log π_ref", short],
@@ -192,9 +189,9 @@ function heatMap(record, side, by) {
   const m = recorded(record, side), known = FACTS.filter(([key]) => m[key]);
   const facts = t => [["token", `${t + 1} of ${m.tokens.length}`],
     ...known.map(([key, name, form]) => [name, form(m[key][t])])];
-  const totals = [["tokens", m.tokens.length], ...known.filter(([key]) => key === "reward" || key === "moved")
-    .map(([key, name]) => ["Σ " + name, signed(sum(m[key]))])];
-  if (m.f) totals.push(["f ≤ 0", m.f.filter(f => f <= 0).length]);
+  const summed = known.filter(([key]) => key === "reward" || key === "moved");
+  const totals = [["tokens", m.tokens.length], ...summed.map(([key, name]) => ["Σ " + name, signed(sum(m[key]))]),
+    ...(m.f ? [["f ≤ 0", m.f.filter(f => f <= 0).length]] : [])];
   const spans = m.tokens.map((token, t) => {
     const label = [quoted(token), ...facts(t).slice(1, 3).map(row => row.join(" "))].join(", ");
     const span = el("span", {role: "option", "aria-label": label}, ...pieceNodes(token));
@@ -210,31 +207,29 @@ function heatMap(record, side, by) {
   const show = t => read.replaceChildren(el("b", {}, quoted(m.tokens[t])), ...valueList(facts(t)));
   rest();
   rove(box, spans, 0, show);
-  box.addEventListener("pointerover", event => {
-    const t = spans.indexOf(event.target.closest(".tok"));
-    if (t >= 0) show(t);
-  });
+  spans.forEach((span, t) => span.addEventListener("pointerenter", () => show(t)));
   for (const end of ["pointerleave", "focusout"]) box.addEventListener(end, rest);
   const colour = side === "chosen" ? "blue" : "orange";
   return {node: el("div", {class: "card"}, el("h4", {class: colour}, `The ${side} response`), read, box),
     recolour: to => spans.forEach((span, t) => paint(span, m, t, to))};
 }
 
-// A row of buttons, the first one pressed. names: [key, text] each.
-function choices(names, label, pick) {
+// A row of buttons, one of them pressed. names: [key, text] each.
+function choices(names, label, pick, first = 0) {
   const buttons = names.map(([key, text]) => el("button", {type: "button", "data-key": key}, text));
   const press = at => {
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === at)));
     pick(names[at][0]);
   };
   buttons.forEach((button, i) => button.addEventListener("click", () => press(i)));
-  if (buttons.length) press(0);
+  if (buttons.length) press(first);
   return el("div", {class: "group", role: "group", "aria-label": label}, ...buttons);
 }
 
 function explorer() {
-  const all = {name: "all", note: "", pairs: data.pairs.map(({number}) => number)}, kinds = [all, ...data.classes];
-  const marks = ["", "▲", "▼", "✗"], records = new Map(data.pairs.map(record => [record.number, record]));
+  const all = {name: "all", mark: "", note: "", pairs: data.pairs.map(({number}) => number)};
+  const kinds = [...data.classes, all], records = new Map(data.pairs.map(record => [record.number, record]));
+  const marks = new Map(data.classes.flatMap(({mark, pairs}) => pairs.map(number => [number, mark])));
   let shown = null, views = [], among = all, by;
   const listBox = el("div", {class: "card list"}), view = el("div"), note = el("p", {class: "note"});
   const count = el("span", {class: "muted", role: "status"}), scale = el("span", {class: "scale"});
@@ -250,10 +245,10 @@ function explorer() {
       : pool.filter(record => text(record).join("\n").toLowerCase().includes(wanted));
   }
 
-  function option({number, margin, prompt}) {
-    const signs = marks.filter((_, i) => i && kinds[i] && kinds[i].pairs.includes(number)).join("");
-    return el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), signs,
-      margin === null ? "" : ` margin ${signed(margin)}`, el("span", {class: "snippet"}, gist(prompt)));
+  function option({number, margin, dpo_margin: plain, prompt}) {
+    const sums = [["Σ " + data.symbol, margin], ["margin", plain]].filter(([, sum]) => sum !== null);
+    return el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), marks.get(number) || "",
+      ...sums.map(([name, sum]) => ` ${name} ${signed(sum)} `), el("span", {class: "snippet"}, gist(prompt)));
   }
 
   function list() {
@@ -272,10 +267,8 @@ function explorer() {
 
   function show(record) {
     views = SIDES.map(side => heatMap(record, side, by));
-    const {margin, dpo_margin: plain, phi} = record;
-    const sums = [[`Σ ${data.symbol}, chosen less rejected`, margin], ["plain DPO margin", plain]];
-    if (record.chosen.f && phi !== null && plain !== null)
-      sums.push(["optimised margin φ", phi], ["added by the guidance", phi - plain]);
+    const {margin, dpo_margin: plain, phi, chosen} = record, sums = [[`Σ ${data.symbol}, chosen less rejected`, margin],
+      ["the policy's plain DPO margin", plain], ["its optimised margin φ", chosen.f ? phi : null]];
     view.replaceChildren(
       fold(record.prompt.length < 600, "", `Pair ${record.number}: the prompt`,
         el("div", {class: "text", tabindex: 0}, record.prompt), el("div", {class: "note"}, record.source)),
@@ -289,13 +282,13 @@ function explorer() {
     scale.replaceChildren(short(by.middle - by.scale), el("span", {class: "bar"}), short(by.middle + by.scale),
       key === "f" ? "wavy underline: f ≤ 0" : "");
   });
-  const names = kinds.map(({name, pairs}, i) => [name, `${marks[i]} ${name} (${pairs.length})`]);
+  const names = kinds.map(({name, mark, pairs}) => [name, `${mark} ${name} (${pairs.length})`]);
   const classes = choices(names, "Which pairs", name => {
     among = kinds.find(each => each.name === name);
     note.textContent = among.note;
     if (among !== all) shown = null;         // open the class's first pair
     list();
-  });
+  }, kinds.findIndex(({pairs}) => pairs.some(number => records.has(number))));
   search.addEventListener("input", list);
   return el("div", {}, el("div", {class: "controls"}, classes, search, count), note,
     by ? el("div", {class: "controls"}, el("span", {class: "muted"}, "Colour by"), colours, scale) : null,
@@ -309,23 +302,25 @@ document.querySelector("nav").append(links);
 
 function section(id, title, ...children) {
   main.append(el("section", {id}, el("h2", {}, title), ...children));
-  links.append(el("a", {href: "#" + id}, title));
+  links.append(el("a", {href: "#" + id}, id === "answer" ? "Answer" : title));
 }
 
 document.getElementById("top").append(el("h1", {}, data.name), el("p", {class: "about"}, data.about),
   ...data.notes.map(note => el("p", {class: "warning"}, note)));
 
-const evaluation = data.tables.find(each => each.id === "evaluation");
-if (evaluation) section("evaluation", "Final evaluation",
-  el("div", {class: "card"}, tableBox("Final evaluation", evaluation.columns, evaluation.rows)));
-
-if (data.curves.length) section("curves", "Curves", charts(data.curves), el("p", {class: "note"},
-  "Pale: every step; strong: smoothed; dots: held out. Drag over steps to enlarge them, double-click to go back; "
-  + "a click on a name hides its curve."));
+const evaluation = data.tables.find(each => each.id === "evaluation"), {title, words, picture} = data.answer;
+if (words.length || data.answer.charts.length || evaluation) section("answer", title,
+  ...words.map(([lead, text]) => el("p", {}, el("b", {}, lead + " "), text)),
+  data.answer.charts.length ? el("div", {class: "card"}, el("h3", {}, picture), charts(data.answer.charts)) : null,
+  evaluation ? el("div", {class: "card"}, tableBox(evaluation.title, evaluation.columns, evaluation.rows)) : null);
 
 if (data.pairs.length) section("tokens", "Tokens", el("p", {class: "muted"}, data.meaning,
   " A token's share of Σ|f| over its response is its weight's share of the gradient: f multiplies the token's ∇ log π, "
   + "whose length a run does not record. Hover, tap, or walk with the arrow keys to read a token."), explorer());
+
+if (data.curves.length) section("curves", "All curves", charts(data.curves, "grid wall"), el("p", {class: "note"},
+  "Pale: every step; strong: smoothed. Drag over steps to enlarge them, double-click to go back; "
+  + "a click on a name hides its curve."));
 
 if (data.moved) section("moved", "What moved", charts(data.moved.charts),
   el("h3", {}, "What carries the reward"), el("div", {class: "card"},
@@ -337,6 +332,9 @@ if (data.samples.length) section("samples", "Samples", ...data.samples.map(({pro
   fold(i < 3, "sample", `${i + 1}: ${gist(prompt)}`, el("div", {class: "text muted", tabindex: 0}, prompt),
     el("div", {class: "sides answers"}, ...Object.entries(answers).map(([name, text]) =>
       el("div", {}, el("h4", {}, name), el("div", {class: "text", tabindex: 0}, text)))))));
+
+if (data.growth.length) section("growth", "Samples while it trained", ...data.growth.map(({prompt, answers}, i) =>
+  fold(i < 3, "sample", `${i + 1}: ${gist(prompt)}`, tableBox("Answers by step", ["step", "answer"], answers))));
 
 const facts = data.tables.filter(each => each.id !== "evaluation");
 if (facts.length || data.command) section("run", "The run",

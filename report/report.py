@@ -1,16 +1,17 @@
 """The report page of a run, finished or still running: one HTML file that needs no network.
 
-    python report/report.py OUT [--output FILE]
+    python report/report.py OUT [--to FILE]                the page of a run, OUT/report.html
+    python report/report.py OUT1 OUT2 … [--to FILE]        several runs on the same axes, compare.html
 
-It reads metrics.jsonl, config.toml, tokens.jsonl, samples.json, dropped.jsonl and run.json of the run
-directory OUT and shows what there is: each may be missing or half written. Here stands what the page says;
-page.html, page.css and page.js beside this file are how it looks. Everything that a model or a stranger wrote
-travels as JSON and reaches the page as text nodes, its unseen characters spelled out (text.py).
+It reads metrics.jsonl, config.toml, tokens.jsonl, samples.json, samples.jsonl, dropped.jsonl and run.json of the run
+directory OUT and shows what there is: each may be missing or half written. Here stands what the page says, in
+answer.py what it says first; page.html, page.css and page.js beside this file are how it looks. Everything that a
+model or a stranger wrote travels as JSON and reaches the page as text nodes, its unseen characters spelled out
+(text.py).
 
-tokens.jsonl's rows hold source, prompt; chosen and rejected, each with tokens and lists of the same length: ref,
-guide, policy (log-probabilities), reward (r̂ with a guide, else the policy's implicit reward), f (the weight),
-moved (log π/π_ref of the policy); margin (summed reward, chosen less rejected), dpo_margin, phi. The run evaluated
-them. The page draws and counts them, and shows what there is where some are missing.
+What tokens.jsonl holds of a token, NUMBERS: ref, guide, policy (log-probabilities), reward (r̂ with a guide, else the
+policy's implicit reward), f (the weight), moved (log π/π_ref of the policy). The run evaluated them; the page draws and
+counts them.
 """
 
 import argparse
@@ -32,7 +33,8 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))  # as a command: the folder above is where `report` is found
-from report.figures import NAMES, SIDES, curves, gathered, moved_section, number_of, stages_of, with_recorded
+from report import answer
+from report.figures import NAMES, SIDES, curves, gathered, moved_section, number_of, stages_of, together, with_recorded
 from report.text import clipped, right_to_left, visible, written
 
 # What the page carries at most, so that it opens on a phone; its statistics are over everything.
@@ -57,9 +59,6 @@ class Pair(NamedTuple):
     margin: float | None  # summed reward, chosen less rejected
     dpo_margin: float | None  # of the policy
     phi: float | None  # the policy's optimised margin
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def read_rows(path):
@@ -142,43 +141,12 @@ def packed(values, kind="<f4"):
     return base64.b64encode(np.asarray(values).astype(kind).tobytes()).decode()
 
 
-# --- pairs ----------------------------------------------------------------------------------------
-
-
-def classes_of(pairs, guided):
-    """The filters of the token view: list of {name, note, pairs: numbers}.
-
-    With guide and policy, what the guidance gave a pair is phi less the plain DPO margin of the same policy:
-    what the weights f add to the margin. Without a policy yet, or without a guide, the reward margin ranks.
-    """
-    ranked = [pair for pair in pairs if pair.margin is not None]
-    if not ranked:
-        return []
-    who = "guide" if guided else "policy"
-    if guided and all(pair.phi is not None and pair.dpo_margin is not None for pair in ranked):
-        ranked.sort(key=lambda pair: pair.phi - pair.dpo_margin)
-        what = "φ less the plain DPO margin: what the weights f add to the pair's margin after training"
-        names = ("helped most", "helped least")
-    else:
-        ranked.sort(key=lambda pair: pair.margin)
-        what = f"reward margin of the {who}: its summed reward, chosen less rejected"
-        names = ("largest margin", "smallest margin")
-    count = min(20, len(ranked) // 2, max(3, len(ranked) // 10))
-    wrong = [pair for pair in ranked if pair.margin <= 0]
-    classes = (
-        (names[0], f"The {count} pairs with the largest {what}.", ranked[::-1][:count]),
-        (names[1], f"The {count} pairs with the smallest {what}.", ranked[:count]),
-        (f"{who} got wrong", "Pairs whose rejected response has the larger summed reward.", wrong),
-    )
-    return [{"name": name, "note": note, "pairs": [p.number for p in part]} for name, note, part in classes]
-
-
 def embedded_pairs(pairs, classes):
     """(pieces, pairs) for the page: tokens as places in a list of distinct pieces, numbers packed.
 
-    Pairs of a class come first when MOST_TOKENS leaves no room for all.
+    Pairs of the first two classes come first when MOST_TOKENS leaves no room for all.
     """
-    listed = {number for each in classes for number in each["pairs"]}
+    listed = {number for each in classes[:2] for number in each["pairs"]}
     room, kept = MOST_TOKENS, []
     for pair in sorted(pairs, key=lambda pair: pair.number not in listed):
         length = len(pair.chosen["tokens"]) + len(pair.rejected["tokens"])
@@ -212,61 +180,77 @@ def colours_of(pairs, symbol):
     return colours
 
 
-# --- the page -------------------------------------------------------------------------------------
-
-
 def table(name, title, columns, rows, opened=True):
     """A table of text for the page."""
     columns, rows = [visible(str(c)) for c in columns], [[written(cell) for cell in row] for row in rows]
     return {"id": name, "title": title, "open": opened, "columns": columns, "rows": rows}
 
 
-COUNTS = {
-    "rows": "rows read",
-    "kept": "pairs kept",
-    "cut": "responses cut at their end",
-    "boundary": "responses tokenised apart from the prompt",
-    "dropped": "rows dropped",
-}
+COUNTS = {"rows": "rows read", "kept": "pairs kept", "cut": "responses cut at their end", "dropped": "rows dropped"}
+COUNTS["boundary"] = "responses tokenised apart from the prompt"
 
 
-def run_tables(run, config, dropped):
+def final_table(named):
+    """[the table of final figures] of {name: run.json}, or []. Several runs: a column of names first."""
+    rows = []
+    for name, run in named.items():
+        found = run["table"] if isinstance(run.get("table"), list) else []
+        rows += [{"run": name} | row if len(named) > 1 else row for row in found if isinstance(row, dict)]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in map(row.get, columns)] for row in rows]
+    return [table("evaluation", "Final evaluation", [c.replace("_", " ") for c in columns], cells)] if rows else []
+
+
+def run_tables(name, run, config, dropped):
     """The tables of what the run was: final figures, data, machine, settings, as far as they are known."""
-    tables = []
-    figures = run.get("table")
-    if isinstance(figures, list) and figures and all(isinstance(row, dict) for row in figures):
-        columns = list(dict.fromkeys(key for row in figures for key in row))
-        cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in map(row.get, columns)] for row in figures]
-        tables.append(table("evaluation", "Final evaluation", [c.replace("_", " ") for c in columns], cells))
+    tables = final_table({name: run})
     counts = run["data"] if isinstance(run.get("data"), dict) else {}
     if not all(isinstance(value, dict) for value in counts.values()):
         counts = {"": counts}  # one set of data; else train and eval
     counts = {name: flatten(value) for name, value in counts.items()}
-    keys = dict.fromkeys(key for value in counts.values() for key in value)
-    if keys:
+    if keys := dict.fromkeys(key for value in counts.values() for key in value):
         rows = [[COUNTS.get(key, key.replace("_", " ")), *(c.get(key) for c in counts.values())] for key in keys]
         tables.append(table("data", "Data", ["", *counts], rows))
     if dropped:
         # "prompt too long: 3004 tokens, at most 1800": what stands before the colon is the kind
-        reasons = collections.Counter(str(row.get("reason", "?")).split(":")[0] for row in dropped)
-        tables.append(
-            table("reasons", "Dropped rows, by reason (dropped.jsonl has each)", ["", ""], reasons.most_common())
-        )
-    machine = [run[key] for key in ("machine", "versions") if isinstance(run.get(key), dict)]
-    items = [item for part in machine for item in flatten(part).items()]
-    if items:
+        reasons = collections.Counter(str(row.get("reason", "?")).split(":")[0] for row in dropped).most_common()
+        tables.append(table("reasons", "Dropped rows, by reason (dropped.jsonl has each)", ["", ""], reasons))
+    machine = [flatten(run[key]) for key in ("machine", "versions") if isinstance(run.get(key), dict)]
+    if items := [item for part in machine for item in part.items()]:
         tables.append(table("machine", "Machine and versions", ["", ""], items))
     if config:
         tables.append(table("settings", "Settings", ["", ""], config.items(), opened=False))
     return tables
 
 
-def gather(out_dir):
+# Of a run: its name, the line under it, config.toml, run.json, the loss, stages_of, unread lines of metrics.jsonl.
+Run = collections.namedtuple("Run", "name about config run loss stages unread")
+
+
+def read_run(out):
+    """The Run of a directory. FileNotFoundError where it is none."""
+    if not out.is_dir():
+        raise FileNotFoundError(f"{out} is no directory; give a run's output directory")
+    rows, unread = read_rows(out / "metrics.jsonl")
+    config, run = read_config(out / "config.toml"), read_json(out / "run.json", dict)
+    loss = str(config.get("loss") or (rows and rows[-1].get("stage")))
+    loss = loss if loss in NAMES else "tgdpo"
+    stages = stages_of(rows, loss)
+    settings = [f"{sign} {written(config[key])}" for key, sign in (("beta", "β"), ("alpha", "α")) if key in config]
+    about = [" with ".join([NAMES[loss], *[", ".join(settings)] * bool(settings)])]
+    if config.get("model"):
+        about.append(f"from {clipped(str(config['model']), 120)}")
+    if stages:
+        about.append(f"{stages[-1]['title']}, step {stages[-1]['rows'][-1]['step']:g}")
+        stamp = time.gmtime((out / "metrics.jsonl").stat().st_mtime)
+        about.append("last written " + time.strftime("%Y-%m-%d %H:%M UTC", stamp))
+    return Run(visible(out.resolve().name), " · ".join(about), config, run, loss, stages, unread)
+
+
+def gather(out):
     """Everything the page says of a run directory, as one JSON-ready dict."""
-    rows, unread_metrics = read_rows(out_dir / "metrics.jsonl")
-    token_rows, unread_tokens = read_rows(out_dir / "tokens.jsonl")
-    dropped, _ = read_rows(out_dir / "dropped.jsonl")
-    config, run = read_config(out_dir / "config.toml"), read_json(out_dir / "run.json", dict)
+    name, about, config, run, loss, stages, unread_metrics = read_run(out)
+    token_rows, unread_tokens = read_rows(out / "tokens.jsonl")
     pairs = []
     for number, row in enumerate(token_rows, 1):
         try:
@@ -274,14 +258,11 @@ def gather(out_dir):
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             unread_tokens += 1
 
-    loss = str(config.get("loss") or (rows and rows[-1].get("stage")))
-    loss = loss if loss in NAMES else "tgdpo"
-    guided, symbol = loss == "tgdpo", SYMBOLS[loss]
-    stages, classes = stages_of(rows, loss), classes_of(pairs, guided)
+    classes, symbol = answer.classes_of(pairs, loss == "tgdpo"), SYMBOLS[loss]
     pieces, records = embedded_pairs(pairs, classes)
     notes = [
-        f"{count} line(s) of {name} could not be read and are left out."
-        for name, count in (("metrics.jsonl", unread_metrics), ("tokens.jsonl", unread_tokens))
+        f"{count} line(s) of {file} could not be read and are left out."
+        for file, count in (("metrics.jsonl", unread_metrics), ("tokens.jsonl", unread_tokens))
         if count
     ]
     if pairs and not with_recorded(pairs, "reward"):
@@ -291,38 +272,42 @@ def gather(out_dir):
         notes.append(held + "; its statistics are over all of them.")
     samples = [
         {clipped(str(key), 60): clipped(value) for key, value in row.items() if isinstance(value, str)}
-        for row in read_json(out_dir / "samples.json", list)[:MOST_SAMPLES]
+        for row in read_json(out / "samples.json", list)[:MOST_SAMPLES]
         if isinstance(row, dict)
     ]
-    return {
-        "name": visible(out_dir.resolve().name),
-        "about": about(config, loss, stages, out_dir),
-        "notes": notes,
-        "curves": curves(stages),
-        "symbol": symbol,
-        "meaning": MEANINGS[loss],
-        "colours": colours_of(pairs, symbol),
-        "pieces": pieces,
-        "pairs": records,
-        "classes": classes,
-        "moved": moved_section(pairs, symbol),
-        "samples": samples,
-        "tables": run_tables(run, config, dropped),
-        "command": clipped(run["command"]) if isinstance(run.get("command"), str) else "",
-    }
+    first = {"name": name, "about": about, "notes": notes, "answer": answer.answer(run, config, loss, stages, classes)}
+    tokens = {"symbol": symbol, "meaning": MEANINGS[loss], "colours": colours_of(pairs, symbol), "pieces": pieces}
+    tokens |= {"pairs": records, "classes": classes, "moved": moved_section(pairs, symbol)}
+    last = {"samples": samples, "growth": growth(out)}
+    last["tables"] = run_tables(name, run, config, read_rows(out / "dropped.jsonl")[0])
+    last["command"] = clipped(run["command"]) if isinstance(run.get("command"), str) else ""
+    return first | tokens | {"curves": curves(stages)} | last
 
 
-def about(config, loss, stages, out_dir):
-    """The line under the page's title."""
-    settings = [f"{sign} {written(config[key])}" for key, sign in (("beta", "β"), ("alpha", "α")) if key in config]
-    parts = [" with ".join([NAMES[loss], *[", ".join(settings)] * bool(settings)])]
-    if config.get("model"):
-        parts.append(f"from {clipped(str(config['model']), 120)}")
-    if stages:
-        stamp = time.gmtime((out_dir / "metrics.jsonl").stat().st_mtime)
-        parts.append(f"{stages[-1]['title']}, step {stages[-1]['rows'][-1]['step']:g}")
-        parts.append("last written " + time.strftime("%Y-%m-%d %H:%M UTC", stamp))
-    return " · ".join(parts)
+def growth(out):
+    """samples.jsonl by prompt: [{prompt, answers: [[step, answer]]}]. A resumed run answers again: the last counts."""
+    found = {}
+    for row in read_rows(out / "samples.jsonl")[0]:
+        prompt, text, step = map(row.get, ("prompt", "answer", "step"))
+        if isinstance(prompt, str) and isinstance(text, str) and number_of(step) is not None:
+            found.setdefault(prompt, {})[step] = clipped(text)
+    return [{"prompt": clipped(p), "answers": sorted(by.items())} for p, by in list(found.items())[:MOST_SAMPLES]]
+
+
+def compared(outs):
+    """Everything the page says of several run directories, alike: the last stage of each on the same axes."""
+    runs = [read_run(out) for out in outs]
+    twice = len({run.name for run in runs}) < len(runs)
+    names = {visible(str(out)) if twice else run.name: run for out, run in zip(outs, runs)}
+    lines = [(name, run.stages[-1]["rows"]) for name, run in names.items() if run.stages]
+    settings = {key: [run.config.get(key) for run in names.values()] for run in runs for key in run.config}
+    rows = [[key, *values] for key, values in settings.items() if any(value != values[0] for value in values)]
+    tables = final_table({name: run.run for name, run in names.items()})
+    tables += [table("settings", "Settings that differ", ["", *names], rows)] if rows else []
+    words = [(f"{name}:", run.about) for name, run in names.items()]
+    first = {"title": "The runs", "words": words, "picture": "The last stage of each, against steps"}
+    more = {"answer": first | {"charts": together(lines)}, "curves": together(lines, rest=True), "tables": tables}
+    return {"name": f"{len(names)} runs compared", "about": "", "notes": []} | more
 
 
 def page(data):
@@ -339,17 +324,16 @@ def page(data):
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match.group(1)], read("page.html"))
 
 
-def write(out_dir, output=None):
-    """Makes the page of the run directory out_dir at `output` (default OUT/report.html); returns its path.
+def write(out, output=None):
+    """Makes the page of the run directory `out` at `output` (default OUT/report.html); returns its path.
 
-    Written beside its place and renamed, so that a browser never sees half of it. FileNotFoundError where
-    out_dir is no directory, OSError where the page cannot be written.
-    """
-    out_dir = pathlib.Path(out_dir)
-    if not out_dir.is_dir():
-        raise FileNotFoundError(f"{out_dir} is no directory; give a run's output directory")
-    output = pathlib.Path(output) if output else out_dir / "report.html"
-    text = page(gather(out_dir))
+    FileNotFoundError where `out` is no directory, OSError where the page cannot be written."""
+    return replace(output or pathlib.Path(out) / "report.html", page(gather(pathlib.Path(out))))
+
+
+def replace(output, text):
+    """Writes the text beside its place and renames it, so that a browser never sees half of it."""
+    output = pathlib.Path(output)
     part = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -361,13 +345,16 @@ def write(out_dir, output=None):
 
 def main(argv=None):
     """The command. Exit status 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(prog="report.py", description="Makes the report page of a run.")
-    parser.add_argument("out", help="the run's output directory")
-    parser.add_argument("--output", help="where to write the page (default OUT/report.html)")
+    parser = argparse.ArgumentParser(prog="report.py", description="Makes the report page of a run, or of several.")
+    parser.add_argument("out", nargs="+", help="a run's output directory; of several, the page compares them")
+    parser.add_argument("--to", "--output", metavar="FILE", help="where to write it [OUT/report.html or compare.html]")
     options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     try:
-        print(write(options.out, options.output))
+        if len(options.out) == 1:
+            print(write(options.out[0], options.to))
+        else:
+            print(replace(options.to or "compare.html", page(compared([*map(pathlib.Path, options.out)]))))
     except OSError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from runtime.disk import digests, line, whole
+from runtime.disk import digests, line, unless_absent, whole
 from runtime.failures import RunFailed
 
 
@@ -51,7 +51,7 @@ def read(directory, kind, key, count, say=lambda line: None):
     number of response tokens than `count`, damaged, or not finite.
     """
     path = _path(directory, kind, key)
-    if not path.exists():
+    if not unless_absent(path, _opens):
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -71,6 +71,11 @@ def read(directory, kind, key, count, say=lambda line: None):
             return logp
     say(f"{path} is not used: {reason}")
     return None
+
+
+def _opens(path):
+    with open(path, "rb"):
+        return True
 
 
 def _digest(logp):

@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from files.errors import BadInput
-from runtime.disk import digests, entries, fsync, is_absent, line, put_in_place, remove, unreadable
+from runtime import disk
+from runtime.disk import digests, discard, entries, fsync, line, put_in_place, warn_once
 from runtime.failures import RunFailed
 from runtime.process_group import on_all_ranks, on_rank_0, rank_and_world
-from runtime.progress import say as tell
 
-_warned = set()  # of clean-ups that failed
 FILE_BYTES = 2**28  # what a rank writes to one file, about: a file is put together in memory first
 
 
@@ -77,7 +75,7 @@ def tidy(path, keep):
         try:
             _delete_others(Path(path), keep)
         except RunFailed as failure:  # `path` stands all the same
-            _warn_once(f"older checkpoints stay: {failure}")
+            warn_once(f"older checkpoints stay: {failure}")
 
     on_rank_0(delete_others)
 
@@ -173,13 +171,20 @@ def random_state():
 
 def set_random_state(state):
     """Puts the generators back to what `random_state` returned."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(_array(words, np.uint32).tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, _array(keys, np.uint32), *rest))
-    torch.set_rng_state(torch.from_numpy(_array(state["torch"], np.uint8)))
+    python, numpy, generator = _generators(state)
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(generator)
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.from_numpy(_array(state["cuda"], np.uint8)))
+
+
+def _generators(state):
+    """The states of Python's, numpy's and torch's generators, as each takes its own."""
+    version, words, gauss = state["python"]
+    name, keys, *rest = state["numpy"]
+    python = (version, tuple(_array(words, np.uint32).tolist()), gauss)
+    return python, (name, _array(keys, np.uint32), *rest), torch.from_numpy(_array(state["torch"], np.uint8))
 
 
 def _text(array):
@@ -197,6 +202,7 @@ def _make_room(tmp, tensors, world):
     """Rank 0: clears what killed saves left, sees that the disk has room, makes `tmp`."""
     directory = tmp.parent
     directory.mkdir(parents=True, exist_ok=True)
+    fsync(directory.parent)
     _delete_unfinished(directory)
     need = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     # The margin: a file's header takes less than 512 bytes for a shard, and the disk has its own bookkeeping.
@@ -266,7 +272,7 @@ def _delete_others(path, keep):
 def _delete_unfinished(directory):
     for name in entries(directory):
         if re.fullmatch(r"step-\d+\.tmp", name):
-            _remove(directory / name)
+            discard(directory / name)
 
 
 def _delete(path):
@@ -275,22 +281,8 @@ def _delete(path):
     try:
         os.rename(path, doomed)
     except OSError as failure:
-        return _warn_once(f"{path} stays: it cannot be removed: {failure.strerror}")
-    _remove(doomed)
-
-
-def _remove(path):
-    """Removes what is no longer needed; where that fails, the run has lost nothing and goes on."""
-    try:
-        remove(path)
-    except OSError as failure:
-        _warn_once(f"{path} stays: it cannot be removed: {failure.strerror}")
-
-
-def _warn_once(text):
-    if text not in _warned:
-        _warned.add(text)
-        tell(f"warning: {text}")
+        return warn_once(f"{path} stays: it cannot be removed: {failure.strerror}")
+    discard(doomed)
 
 
 # What stands in a directory, and whether it is whole.
@@ -320,41 +312,48 @@ def _seal(content):
 
 
 def _content(path):
-    file = Path(path) / "state.json"
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise BadInput(f"{path} is not whole: state.json is no file")  # a pipe would be read for ever
-        written = file.read_bytes()
-    except OSError as reason:
-        if is_absent(reason):
-            raise BadInput(f"{path} is not whole: state.json: {reason.strerror}") from reason
-        raise unreadable(file, reason) from reason
+    written = disk.content(Path(path) / "state.json")
+    if written is None:
+        raise BadInput(f"{path} is not whole: it has no file state.json")
     try:
         content = json.loads(written)
         del content["sha256"]
-        if _seal(content) == written:
-            state, listed = content["state"], content["files"]
-            if type(state["step"]) is int and state["step"] >= 0 and isinstance(state.get("identity", {}), dict):
-                if all(isinstance(digest["size"], int) for digest in listed.values()):
-                    return content
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if _seal(content) == written and _is_plausible(**content):
+            return content
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError):
         pass  # no JSON, or not what save writes
     raise BadInput(f"{path}/state.json is damaged: its digest is not the one it holds, or it is not what a save writes")
+
+
+def _is_plausible(state, tensors, files):
+    """Whether the parts of a state.json are what a save writes. It may raise what comes of those that are not."""
+    step, world, random_states = state["step"], state["world_size"], state["random"]
+    for each in random_states:
+        python, numpy, generator = _generators(each)
+        random.Random().setstate(python)
+        np.random.RandomState().set_state(numpy)
+        torch.Generator().set_state(generator)
+        base64.b64decode(each.get("cuda", ""), validate=True)
+    return (
+        type(step) is int
+        and 0 <= step <= state.get("steps", step)
+        and len(random_states) == world
+        and isinstance(state.get("identity", {}), dict)
+        and isinstance(tensors, dict)
+        and all(isinstance(digest["size"], int) for digest in files.values())
+    )
 
 
 def _check_files(path, content):
     there = {}
     for name in entries(path):
         if name.endswith(".safetensors"):
-            try:
-                there[name] = (Path(path) / name).stat().st_size
-            except OSError as reason:
-                if not is_absent(reason):  # a link to nothing counts as no file
-                    raise unreadable(Path(path) / name, reason) from reason
+            status = disk.unless_absent(Path(path) / name, os.stat)
+            there[name] = status and status.st_size  # a link to nothing counts as no file
     listed = {name: file["size"] for name, file in content["files"].items()}
     for name in sorted(there.keys() | listed.keys()):
-        if there.get(name) != listed.get(name):
-            size, wanted = there.get(name, "no"), listed.get(name, "no")
+        size, wanted = ("no" if size is None else size for size in (there.get(name), listed.get(name)))
+        if size != wanted:
             raise BadInput(f"{path} is not whole: {name} has {size} bytes, by its state.json {wanted}")
 
 

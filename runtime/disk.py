@@ -5,11 +5,16 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from files.errors import naming
 from files.export import fsync
 from runtime.failures import RunFailed
+from runtime.progress import say
+
+_warned = set()  # of clean-ups that failed
 
 
 def need_space(path, size, what):
@@ -33,12 +38,13 @@ def whole(path):
     tmp = f"{path}.tmp"
     remove(tmp)
     try:
-        yield tmp
+        with naming(path):
+            yield tmp
         for written in (*Path(tmp).rglob("*"), tmp):
             fsync(written)
         put_in_place(tmp, path)
     except BaseException:
-        remove(tmp)
+        discard(tmp)
         raise
 
 
@@ -51,7 +57,7 @@ def put_in_place(tmp, path):
     os.rename(tmp, path)
     fsync(os.path.dirname(os.path.abspath(path)))
     if old:
-        remove(old)
+        discard(old)
 
 
 def remove(path):
@@ -62,25 +68,58 @@ def remove(path):
         os.remove(path)
 
 
-def entries(path):
-    """The names in the directory `path`, [] where there is none. Raises RunFailed where it cannot be read: what
-    cannot be read may well be whole."""
+def discard(path):
+    """Removes what is no longer needed. Where that fails nothing is lost: it is told once, and the run goes on."""
     try:
-        return sorted(os.listdir(path))
+        remove(path)
     except OSError as failure:
-        if is_absent(failure):
-            return []
+        warn_once(f"{path} stays: it cannot be removed: {failure.strerror}")
+
+
+def warn_once(text):
+    """Tells of a clean-up that failed, once in a run."""
+    if text not in _warned:
+        _warned.add(text)
+        say(f"warning: {text}")
+
+
+def entries(path):
+    """The names in the directory `path`, [] where there is none."""
+    return sorted(unless_absent(path, os.listdir) or [])
+
+
+def stands(path):
+    """Whether there is anything of that name."""
+    return unless_absent(path, os.lstat) is not None
+
+
+def content(path):
+    """The bytes of the file at `path`, None where there is none."""
+
+    def read(path):
+        if stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be read for ever
+            with open(path, "rb") as file:
+                return file.read()
+
+    return unless_absent(path, read)
+
+
+def unless_absent(path, ask):
+    """ask(path), or None where `path` is not there, or not the file or directory that it should be. Raises RunFailed
+    where it cannot be read for another reason: it may well be whole."""
+    try:
+        return ask(path)
+    except OSError as failure:
+        if failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+            return None
         raise unreadable(path, failure) from failure
-
-
-def is_absent(failure):
-    """Whether an OSError proves that what was to be read is not there, or no file or directory as it should be."""
-    return failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def unreadable(path, failure):
     """The RunFailed for what is there and cannot be read."""
-    return RunFailed(f"{path} cannot be read: {failure.strerror}; all is left as it is: mend that, then --resume")
+    return RunFailed(
+        f"{path} cannot be read: {failure.strerror or failure}; all is left as it is: mend that, then --resume"
+    )
 
 
 def digests(paths):

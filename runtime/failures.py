@@ -35,6 +35,11 @@ def complain(error, rank):
             text = f"{words}: the disk is full; free some of it and go on with --resume"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in words:
         text = f"out of memory on rank {rank}: {words}; try a smaller --micro-tokens, more ranks or --cpu-offload"
+    elif isinstance(error, dist.DistError) and ("shared memory" in words or "/dev/shm" in words):
+        text = (
+            f"rank {rank}: NCCL found too little shared memory: {words}; give the container more, as by docker's "
+            "--shm-size=1g"
+        )
     elif isinstance(error, dist.DistError) or "gloo" in words:
         text = (
             f"rank {rank} has lost the others: one of them has ended, which tells why, or was silent for "

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from runtime import memory
+
 # Peak dense bfloat16 rate in FLOP/s, by words of the device's name (the makers' data sheets, without sparsity).
 PEAKS = {
     "H100 PCIe": 756e12,
@@ -25,14 +27,18 @@ PEAKS = {
 }
 
 
-def pair_flops(config, prompt, chosen, rejected):
+def pair_flops(config, prompt, chosen, rejected, lora_rank=0):
     """FLOPs of one pair's forward and backward pass, with the prompt once, without padding and recomputation:
-    3 · [2 · N_body · (P+C+R) + 2 · N_head · (C+R)] + 6 · L · d · [(P+C)² + (P+R)² − P²], lengths in tokens."""
+    3 · [2 · N_body · (P+C+R) + 2 · N_head · (C+R)] + 6 · L · d · [(P+C)² + (P+R)² − P²], lengths in tokens.
+    With LoRA of a rank the frozen weights have no gradient: 2 in place of the first 3, and the adapters' own products,
+    3 · 2 · N_adapters · (P+C+R), are added."""
     head_size = config.num_attention_heads * config.head_dim
     attention = config.hidden_size * (2 * head_size + 2 * config.num_key_value_heads * config.head_dim)
     body = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
     head = config.vocab_size * config.hidden_size
-    products = 3 * (2 * body * (prompt + chosen + rejected) + 2 * head * (chosen + rejected))
+    adapters = config.num_hidden_layers * memory.adapters(config, lora_rank)
+    tokens, passes = prompt + chosen + rejected, 2 if lora_rank else 3
+    products = passes * (2 * body * tokens + 2 * head * (chosen + rejected)) + 6 * adapters * tokens
     squares = (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2
     return products + 6 * config.num_hidden_layers * head_size * squares
 
@@ -48,10 +54,10 @@ def peak_resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def speed(device, world, pairs, began, trained=None):
+def speed(device, world, pairs, began, trained=None, lora_rank=0):
     """Throughput of what began at `began` (time.perf_counter()) on `world` devices and saw `pairs` (data.Pair). Tokens
     are counted the same for every method: 2 P + C + R. trained: the Config of the model that made a training step, for
-    its MFU on a GPU whose peak is known."""
+    its MFU on a GPU whose peak is known, and the rank of its adapters (0: it trained all)."""
     seconds = time.perf_counter() - began
     shapes = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
     row = {
@@ -63,5 +69,5 @@ def speed(device, world, pairs, began, trained=None):
     if device.type == "cuda":
         row["peak_memory"] = torch.cuda.max_memory_allocated()
         if trained and (peak := peak_flops(torch.cuda.get_device_name())):
-            row["mfu"] = sum(pair_flops(trained, *shape) for shape in shapes) / seconds / (peak * world)
+            row["mfu"] = sum(pair_flops(trained, *shape, lora_rank) for shape in shapes) / seconds / (peak * world)
     return row

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from runtime import container
 
-CPU_TOKENS = 4096  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run
+CPU_TOKENS = 1024  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run; more gain nothing
 CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
-CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits alive at once: model.chunk_tokens' budgets
+CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits made at once: model.chunk_tokens' budgets
+KEPT = 4  # model.KEPT
+SCORES = 1 << 22  # of capped attention, alive at once: model.SCORES
 GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
 TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 
@@ -36,60 +38,85 @@ class Plan(NamedTuple):
 def parameters(config):
     """(embedding and head, one block): numbers of parameters."""
     C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = C * (2 * H + 2 * K) * D + 3 * C * config.intermediate_size + 2 * C
-    block += config.attention_bias * ((H + 2 * K) * D + C)
+    block = C * (2 * H + 2 * K) * D + 3 * C * config.intermediate_size + (4 if config.post_norms else 2) * C
+    block += config.attention_bias * (H + 2 * K) * D + config.attention_out_bias * C + config.use_qk_norm * 2 * D
     block += config.mlp_bias * (2 * config.intermediate_size + C)
     root = config.vocab_size * C * (1 if config.tie_word_embeddings else 2) + C
     return root, block
 
 
-def activation_bytes(config, width, cuda, compiled):
-    """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there."""
+def adapters(config, rank):
+    """Parameters of one block's LoRA adapters: A [rank, in] and B [out, rank] of its seven linear layers."""
+    C, Q, K = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads)
+    Q, K = Q * config.head_dim, K * config.head_dim
+    return rank * (2 * (C + Q) + 2 * (C + K) + 3 * (C + config.intermediate_size))
+
+
+def trained(config, rank):
+    """How many parameters a training changes: all, or the adapters of a rank."""
+    if rank:
+        return config.num_hidden_layers * adapters(config, rank)
+    root, block = parameters(config)
+    return root + config.num_hidden_layers * block
+
+
+def activation_bytes(config, width, cuda, compiled, rank=0):
+    """Bytes that a token leaves in a block for its backward pass. Compiled, some are computed again there. With
+    adapters of `rank`, what only gradients of frozen weights would need is not kept."""
     C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
-    norm = (2 * width if compiled else 4 + 2 * width) * C  # float32 input, normalised, and the output
-    query = (2 if cuda else 3) * config.num_attention_heads * D  # and the output, once more on CPU
-    keys = 3 * config.num_key_value_heads * D  # and values, half as many again for prompts
-    mlp = (3 if compiled else 4) * I  # gate, up, silu(gate) and their product
-    return 2 * norm + width * (query + keys + mlp)
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    normed = 0 if rank else 4 if config.norm_offset else width
+    norm = (2 * width if compiled else 4 + normed + width) * C  # float32 input, normalised, and the output
+    norms = 2 * norm + config.post_norms * 2 * (norm - width * C)  # of a sum's part the output is not kept
+    heads = config.use_qk_norm * (width if compiled else 4 + width) * (H + K) * D
+    query = (2 if cuda or config.attn_logit_softcapping else 3) * H * D  # and the output, once more on CPU
+    keys = 3 * K * D  # and values, half as many again for prompts
+    mlp = (3 if compiled else 4) * I  # gate, up, act(gate) and their product
+    return norms + heads + width * (query + keys + mlp + 7 * rank)
 
 
-def parts(config, world, width, tokens, recompute, cuda, compiled):
+def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0):
     """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
-    of four moments of the backward pass that is depends on the sizes."""
+    of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
     V, C, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
-    shard = -(-(root + layers * block) // world)
-    ahead = width * block if world > 1 else 0  # the next block is fetched while one is at work
-    kept = tokens * activation_bytes(config, width, cuda, compiled)
+    shard, own = -(-trained(config, rank) // world), adapters(config, rank)
+    frozen = -(-(root + layers * block) // world) if rank else 0
+    ahead = width * (block + own) if world > 1 else 0  # the next block is fetched while one is at work
+    kept = tokens * activation_bytes(config, width, cuda, compiled, rank)
     whole = {"none": layers, "selective": layers - layers // 2, "full": 0}[recompute]  # blocks that keep all
     saved = whole * kept + tokens * ((layers - whole) * width + 4 + 3 * width) * C  # with the last norm's
     again = 0 if recompute == "none" else kept  # computed again, a block at a time
     passed = min(layers, {"none": 2, "selective": 1, "full": 0}[recompute]) * kept  # kept by the last two
     mlp = tokens * width * (2 * config.intermediate_size + 2 * C)  # gradients within a block
+    if config.attn_logit_softcapping:
+        mlp = max(mlp, 5 * 4 * min(SCORES, config.num_attention_heads * longest**2))  # or its scores, explicit
     chunks = max(1, -(-4 * V * tokens // (CUDA_LOGITS if cuda else CPU_LOGITS)))
-    chunk = 4 * V * tokens // chunks  # of logits: two in the forward pass; then also
-    logits = max(2 * chunk, chunk + chunk // 2 * (width < 4) + 4 * V * C)  # in `width`, the head's gradient
+    chunk = 4 * V * tokens // chunks  # of logits; some are kept until the backward pass, which makes
+    slope = chunk // 2 * (width < 4) + chunk * bool(config.final_logit_softcapping)  # in `width`, and the cap's own
+    head = 0 if rank else V * C  # whose gradient is made
+    logits = min(chunks, KEPT) * chunk + slope + 4 * head
 
     summed = max(width, 4 // world)  # bytes of a gradient, or of what this rank keeps of the ranks' sum
-    gathered, gradients, activations, logits = max(
+    moments = [
         # The head's backward pass.
         (width * root + ahead, 0, saved, logits),
         # The last block's: nothing is let go yet.
-        (width * (root + block) + ahead, width * V * C, saved + again + mlp, 0),
+        (width * (root + block + own) + ahead, width * head, saved + again + mlp, 0),
         # Late in the one before: its gradients, a third of what it kept, the last one's in the sum's buffer.
         (width * root + summed * block + ahead, width * V * C + (width + 4) * block, saved - passed + kept // 3, 0),
         # The end: the buffer of the sum for embedding and head, with their gradients or this rank's shard.
         (0, (4 + summed) * root, 0, 0),
-        key=sum,
-    )
-    held = {"weights": 4 * shard, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
+    ]
+    gathered, gradients, activations, logits = max(moments[:2] if rank else moments, key=sum)
+    held = {"weights": 4 * shard + width * frozen, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
-def make(config, options, shards, device_type, width, longest, room):
+def make(config, options, shards, device_type, width, longest, room, can_compile=True):
     """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU."""
     cuda = device_type == "cuda"
-    compiled = cuda if options.compile is None else options.compile
+    compiled = cuda and can_compile if options.compile is None else options.compile
     most = max(longest, options.micro_tokens or (CUDA_TOKENS if cuda else CPU_TOKENS))
     least = most if options.micro_tokens else longest
     asked = options.activation_checkpointing
@@ -101,7 +128,7 @@ def make(config, options, shards, device_type, width, longest, room):
     ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
     for tokens, recompute in tries:
-        held = parts(config, shards, width, tokens, recompute, cuda, compiled)
+        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest, options.lora_rank)
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:

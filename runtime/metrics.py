@@ -4,7 +4,9 @@ import json
 import math
 import os
 
-from runtime.disk import fsync, whole
+from files.errors import naming
+from runtime import outdir
+from runtime.disk import fsync, stands, whole
 from runtime.progress import say
 
 
@@ -22,14 +24,15 @@ class Metrics:
         for name, value in plain.items():
             if isinstance(value, float) and not math.isfinite(value):
                 plain[name] = None
-        with open(self.path, "a", encoding="utf-8") as file:
+        outdir.check(os.path.dirname(self.path))
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
         if self.sinks:
             self.sinks.write(plain)
 
     def sync(self):
         """Waits until all rows are on the disk: before a checkpoint that they belong to."""
-        if not self.rank and os.path.exists(self.path):
+        if not self.rank and stands(self.path):
             fsync(self.path)
             fsync(os.path.dirname(os.path.abspath(self.path)))
 
@@ -37,7 +40,7 @@ class Metrics:
         """Before `stage` goes on after `step`: removes what an earlier run wrote beyond it, so that the file
         ends up as if the run had never stopped. The evaluation of `step` itself and its samples go too, since they
         follow the checkpoint and are done again."""
-        if self.rank or not os.path.exists(self.path):
+        if self.rank or not stands(self.path):
             return
         kept, damaged = [], 0
         with open(self.path, "rb") as file:

@@ -13,18 +13,19 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import hashlib
 import json
 import math
 import operator
 import os
 import pathlib
 import re
-import signal
 import sys
 import textwrap
 import tomllib
 import typing
 
+from files.config import ARCHITECTURES
 from files.errors import BadInput, brief
 from runtime import parts
 from runtime.losses import LOSSES
@@ -35,13 +36,14 @@ SAVED = "# Resolved options of a run, written by train.py. `python train.py --co
 LARGEST = 2**31 - 1
 GROUPS = {
     "Model": "Three models share one tokenizer: the reference (--model), the policy that starts as its copy, "
-    "and a guide. Each is a Hugging Face directory or a Hub id.",
+    "and a guide. Each is a Hugging Face directory or a Hub id, of "
+    + "; ".join(known.models for known in ARCHITECTURES.values()),
     "Data": "Preference pairs: a prompt, a chosen and a rejected answer. README.md shows a row of each form.",
     "Loss": "tgdpo weighs each token's reward by what the guide says of it; dpo and simpo are baselines.",
     "Optimiser": "AdamW (0.9, 0.999, 1e-8), linear warm-up, then the schedule.",
     "Output": "What a run leaves, and where.",
-    "Checkpoints": "Also written at the end, and on a signal: SIGTERM and SIGINT then end the run, a second "
-    "one at once; after SIGUSR1 it goes on.",
+    "Checkpoints": "Also written at the end, and on a signal: SIGTERM, SIGINT and SIGHUP then end the run, "
+    "a second one at once; after SIGUSR1 it goes on.",
     "Machine": "These change speed and memory, not the method. The defaults look at the device.",
 }
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
@@ -54,7 +56,7 @@ FOLLOWS = {
 }
 EXAMPLES = """\
 examples:
-  python train.py                                   the bundled tiny example, about two minutes on a laptop
+  python train.py                                   the bundled tiny example, under a minute on two cores
   python train.py --data pairs.jsonl --dry-run      look at your pairs and at the plan, train nothing
   python train.py --model meta-llama/Llama-3.2-1B-Instruct --data pairs.jsonl --eval-fraction 0.02
   torchrun --nproc_per_node 8 train.py --config recipes/my.toml --out runs/first
@@ -177,6 +179,14 @@ class Options:
     max_steps: int = _option(
         "Optimiser", 0, "end each stage after so many steps at most; the schedule counts with it; 0: no end", least=0
     )
+    lora_rank: int = _option(
+        "Optimiser",
+        0,
+        "train adapters of this rank on all linear layers of the blocks, the model itself frozen; they want about ten "
+        "times the --lr of full training; 0: train all",
+        least=0,
+    )
+    lora_alpha: float = _option("Optimiser", 32.0, "the adapters' scale times --lora-rank", above=0)
     batch_size: int = _option("Optimiser", 128, "pairs an optimiser step, over all ranks", least=1)
     warmup_ratio: float = _option(
         "Optimiser", 0.1, "share of the steps in which the learning rate rises", least=0, most=1
@@ -186,7 +196,9 @@ class Options:
     )
     weight_decay: float = _option("Optimiser", 0.0, "AdamW's weight decay", least=0)
     max_grad_norm: float = _option("Optimiser", 1.0, "longer gradients are scaled down to this norm", above=0)
-    seed: int = _option("Optimiser", 0, "orders the pairs; two runs with one seed are the same", least=0)
+    seed: int = _option(
+        "Optimiser", 0, "orders the pairs, draws the adapters; two runs with one seed are the same", least=0
+    )
 
     out: str | None = _option(
         "Output", None, "everything the run writes [runs/NAME, numbered so that it is new]", "DIR"
@@ -296,7 +308,7 @@ def resolve(argv):
         with contextlib.suppress(FileNotFoundError):
             chosen |= _carry(read_toml(TINY / "recipe.toml"), loss)
     chosen |= _carry(settings, loss) | given
-    _refuse_contradictions(chosen, loss)
+    _refuse_contradictions(chosen, loss, {name: _shown(config, most=1000) for name in settings.keys() - given.keys()})
 
     if "eval_data" not in chosen and "data" not in chosen and not chosen.get("eval_fraction"):
         chosen["eval_data"] = (str(TINY / "held_out.jsonl"),)
@@ -320,9 +332,7 @@ def resolve(argv):
 
 
 def answer_early(argv):
-    """For the first lines of a script, before its slow imports: --help and bad options end it here, and Ctrl-C ends it
-    without a traceback until the run has its own way with signals."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """For the first lines of a script, before its slow imports: --help and bad options end it here."""
     try:
         resolve(argv)
     except BadInput as error:
@@ -333,7 +343,7 @@ def answer_early(argv):
 
 def to_toml(options):
     """Options -> the text of config.toml, which read_toml takes back. What is not set is left out."""
-    lines, group = [SAVED], None
+    lines, group = [], None
     for name, field in FIELDS.items():
         value = getattr(options, name)
         if value is None or value == () or name in NOT_SAVED:
@@ -344,7 +354,18 @@ def to_toml(options):
             group = field.metadata["group"]
             lines.append(f"\n# {group}\n")
         lines.append(f"{name.strip('_')} = {_toml_value(value)}\n")
-    return "".join(lines)
+    return _signed("".join(lines))
+
+
+def is_as_saved(text):
+    """Whether a file's bytes are as to_toml gave them, and no person has edited them since."""
+    first, _, rest = text.decode(errors="replace").partition("\n")
+    return first + "\n" == SAVED and _signed(rest.partition("\n")[2]).encode() == text
+
+
+def _signed(body):
+    """The text of a config.toml: what it is, a digest that shows whether it is as it was written, and the options."""
+    return f"{SAVED}# {hashlib.sha256(body.encode()).hexdigest()[:16]} as long as nothing below is edited\n{body}"
 
 
 def read_toml(path, flag=""):
@@ -402,7 +423,8 @@ def parser():
         "whose token-level reward is guided by a second model. With no options it runs the\n"
         "bundled example.",
     )
-    made.add_argument("--config", metavar="FILE.toml", help="read options from this file; flags override it")
+    config = "read options from this file; flags override it"
+    made.add_argument("--config", metavar="FILE.toml", action="append", help=config)
     groups = {title: made.add_argument_group(title, textwrap.fill(text, 76)) for title, text in GROUPS.items()}
     for name, field in FIELDS.items():
         kind, said = KINDS[name], field.metadata
@@ -434,7 +456,9 @@ def _read_flags(argv):
     if unknown:
         raise BadInput(f"{_shown(unknown[0])} belongs to no option; options begin with -- (--help lists all)")
     given = vars(known)
-    config = given.pop("config", None)
+    config, *more = given.pop("config", [None])
+    if more:
+        raise BadInput(f"--config is given {1 + len(more)} times; give one file, and flags for what differs")
     for name, value in given.items():
         where = flag_of(name)
         if KINDS[name] is not bool:
@@ -498,20 +522,32 @@ def _check_text(text, where):
     return text
 
 
-def _refuse_contradictions(chosen, loss):
+def _refuse_contradictions(chosen, loss, files):
+    """files: {option: the file that set it}, where no flag did."""
+    called = {name: f"{files[name]}: {name.strip('_')}" if name in files else flag_of(name) for name in FIELDS}
+
+    def said(name):
+        value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
+        return f"{called[name]} {'= ' if name in files else ''}{value}"
+
     for name in ignored(loss):
         if name in chosen:
-            value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
-            raise BadInput(f"{flag_of(name)} {value}: --loss {loss} has no use for it; leave it out")
-    parts.refuse_without_guide(chosen.get("with_"), loss)
+            by = "loss" if "loss" in files else "--loss"
+            raise BadInput(f"{said(name)}: {by} {loss} has no use for it; leave it out")
+    parts.refuse_without_guide(chosen.get("with_"), loss, called["with_"])
     longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
-        raise BadInput(f"--max-prompt-length {prompt}: must be less than --max-length, which is {longest}")
+        where = said("max_prompt_length")
+        raise BadInput(f"{where}: must be less than {called['max_length']}, which is {longest}")
     if chosen.get("resume") and chosen.get("overwrite"):
-        raise BadInput("--resume and --overwrite: one goes on with a run, the other removes it; give one")
+        raise BadInput(
+            f"{called['resume']} and {called['overwrite']}: one goes on with a run, the other removes it; give one"
+        )
     if chosen.get("eval_data") and chosen.get("eval_fraction"):
-        raise BadInput("--eval-data and --eval-fraction: the fraction is for runs without it; give one")
+        raise BadInput(
+            f"{called['eval_data']} and {called['eval_fraction']}: the fraction is for runs without it; give one"
+        )
 
 
 def _carry(settings, loss):

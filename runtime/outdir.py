@@ -8,18 +8,21 @@ import os
 import re
 import socket
 
-from files.errors import BadInput
-from runtime.disk import remove
-from runtime.options import SAVED
+from files.errors import BadInput, brief
+from runtime import checkpoint
+from runtime.disk import content, discard, entries, fsync, remove, stands, unless_absent
+from runtime.failures import RunFailed
+from runtime.options import SAVED, is_as_saved
 from runtime.process_group import held, on_rank_0
 from runtime.signals import to_stderr
 
 RECORD = ("dropped.jsonl", "run.json", "config.toml")  # written before there is any result
 # In this order they are removed: a run that is resumed from what a kill left of them goes on as it should.
-MODELS = ("checkpoints", "guide", "policy")
+MODELS = ("checkpoints", "guide", "policy", "adapter")
 PAGES = ("metrics.jsonl", "samples.jsonl", "tensorboard", "wandb", "tokens.jsonl", "samples.json", "report.html")
-RESULTS = (*MODELS, *PAGES, "guide.old", "policy.old", *RECORD)
+RESULTS = (*MODELS, *PAGES, "guide.old", "policy.old", "adapter.old", *RECORD)
 _claimed = {}  # directory -> "absent", "empty" or "used": what it was before
+_locks = {}  # directory -> the descriptor of its .lock
 
 
 def claim(options):
@@ -32,10 +35,24 @@ def claim(options):
     return on_rank_0(lambda: _claim(options))
 
 
+def check(out):
+    """Raises RunFailed where the directory that this process has locked is no longer there, or is another."""
+    if out not in _locks:
+        return
+    there = unless_absent(os.path.join(out, ".lock"), os.stat)
+    if there is None:
+        raise RunFailed(
+            f"{out} was removed or renamed under this run, which stops: put it back and go on with --resume, or begin "
+            "anew"
+        )
+    if not os.path.samestat(there, os.fstat(_locks[out])):
+        raise RunFailed(f"{out} was replaced under this run by another one's, in which nothing is written: it stops")
+
+
 def withdraw(out):
     """Rank 0 removes what the start of a run left in the directory it claimed, unless there are results."""
     before = _claimed.get(out, "used")  # rank 0 alone knows
-    if before == "used" or set(_found(out)) - set(RECORD):
+    if before == "used" or set(results_in(out)) - set(RECORD):
         return
     with contextlib.suppress(OSError):
         for name in RECORD:
@@ -52,8 +69,14 @@ def _claim(options):
         if out is None:
             out = os.path.abspath(os.path.join("runs", options.name))  # the name that a failure is told with
             out = _numbered(out, existing=options.resume or options.overwrite)
+        new = [os.path.dirname(os.path.abspath(out))]
+        while not os.path.isdir(new[-1]):
+            new.append(os.path.dirname(new[-1]))
         os.makedirs(out, exist_ok=True)
-        if not os.path.lexists(os.path.join(out, ".lock")):
+        for above in new:  # where a name is that may be new
+            with contextlib.suppress(OSError):  # not readable
+                fsync(above)
+        if not stands(os.path.join(out, ".lock")):
             _refuse(out, options)  # before anything is written there
         _lock(out)
         _refuse(out, options)
@@ -62,15 +85,16 @@ def _claim(options):
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written: {error.strerror}; give another directory") from None
     if marked(out):
-        for name in RESULTS:
-            remove(os.path.join(out, f"{name}.tmp"))  # what a kill left half written
-    _claimed[out] = "used" if _found(out) else "empty" if there else "absent"
+        for name in entries(out):  # what a kill left half written, the page under its process's number
+            if name.endswith(".tmp") and name[:-4] in RESULTS or re.fullmatch(r"\.report\.html\.\d+\.tmp", name):
+                discard(os.path.join(out, name))
+    _claimed[out] = "used" if results_in(out) else "empty" if there else "absent"
     return out
 
 
 def _refuse(out, options):
     """Raises BadInput where `out` holds results that this run may not go on with or remove."""
-    found = _found(out)
+    found = results_in(out)
     if found and not options.resume and not options.overwrite:
         raise BadInput(
             f"--out {out}: holds another run's results ({', '.join(found)}); "
@@ -87,31 +111,30 @@ def _refuse(out, options):
             f"--{'overwrite' if options.overwrite else 'resume'} touches none of it; give another directory"
         )
     if options.resume:
+        tells = _identified(out) or set(found) <= set(RECORD) or checkpoint.newest(os.path.join(out, "checkpoints"))
+        if not tells:  # a policy/, say, with a config.toml that was copied beside it
+            raise BadInput(
+                f"--out {out}: holds {', '.join(found)}, but neither a run.json nor a whole checkpoint that tells "
+                "which run made them, so --resume touches none of it; put run.json back, or give another directory"
+            )
         _spare(out, options, "--resume would replace")
 
 
 def marked(out):
     """Whether `out` carries the mark of a run of ours: run.json with an identity, or config.toml with our first line.
-    Raises OSError where that cannot be read."""
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
-        with open(os.path.join(out, "run.json"), encoding="utf-8") as file:
-            if isinstance(json.load(file)["identity"], dict):
-                return True
-    return is_ours(os.path.join(out, "config.toml"))
+    Raises RunFailed where that cannot be read."""
+    return _identified(out) or (content(os.path.join(out, "config.toml")) or b"").startswith(SAVED.encode())
 
 
-def is_ours(config):
-    """Whether the config.toml at `config` is there and was written by a run."""
-    try:
-        with open(config, "rb") as file:
-            return file.read(len(SAVED)) == SAVED.encode()
-    except FileNotFoundError:
-        return False
+def _identified(out):
+    """Whether run.json tells which run made what is in `out`."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        return isinstance(json.loads(content(os.path.join(out, "run.json")))["identity"], dict)
 
 
-def _found(out):
+def results_in(out):
     """The names of an earlier run's results in `out`, in the order of RESULTS."""
-    return [name for name in RESULTS if os.path.lexists(os.path.join(out, name))]
+    return [name for name in RESULTS if stands(os.path.join(out, name))]
 
 
 def _numbered(path, existing):
@@ -139,13 +162,16 @@ def _started(out):
 
 
 def _lock(out):
-    """Locks OUT/.lock for this process, and writes into it who holds it."""
+    """Locks OUT/.lock, where it is no other program's, for this process, and writes into it who holds it."""
     descriptor = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     held.callback(os.close, descriptor)
+    held.callback(_locks.pop, out, None)
+    holder = " ".join(os.read(descriptor, 200).decode(errors="replace").strip("\0").split())
+    if holder and not re.fullmatch(r"process \d+ on .*", holder):
+        raise BadInput(f"--out {out}: its .lock is another program's ({brief(holder)}); give another directory")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = " ".join(os.read(descriptor, 200).decode(errors="replace").split())
         raise BadInput(
             f"--out {out}: another run is at work in it ({holder}); wait for it, or give another directory"
         ) from None
@@ -153,8 +179,9 @@ def _lock(out):
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         to_stderr(f"note: the file system of {out} has no locks: see to it that no second run writes there")
+    _locks[out] = descriptor
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def clear(out, options):
@@ -162,7 +189,7 @@ def clear(out, options):
 
     A config.toml that somebody wrote by hand stays too. Raises BadInput where this run reads one of them."""
     for result in _spare(out, options, "--overwrite would remove"):
-        if os.path.basename(result) == "config.toml" and not is_ours(result):
+        if os.path.basename(result) == "config.toml" and not is_as_saved(content(result) or b""):
             continue
         os.rename(result, f"{result}.tmp")  # half of a result never stands under its name
         remove(f"{result}.tmp")
@@ -170,7 +197,7 @@ def clear(out, options):
 
 def _spare(out, options, harm):
     """-> the paths of the results in `out`. Raises BadInput where this run reads one of them."""
-    found = [os.path.join(out, name) for name in _found(out)]
+    found = [os.path.join(out, name) for name in results_in(out)]
     for path in (options.model, options.guide, options.chat_template, *options.data, *options.eval_data):
         if path and any(_within(path, result) for result in found):
             raise BadInput(f"{harm} {path}, which this run reads; give another --out")

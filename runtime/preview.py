@@ -2,6 +2,7 @@
 
 import collections
 
+from files import card
 from runtime import memory
 from runtime.losses import LOSSES
 from runtime.progress import say
@@ -16,6 +17,14 @@ def steps(options, pairs):
 def trains_guide(options):
     """Whether a first stage makes the guide."""
     return LOSSES[options.loss].reads("guide") and options.guide is None
+
+
+def stages(options, pairs):
+    """What a run trains, a line a stage."""
+    todo = [("guide", "dpo")] * trains_guide(options) + [("policy", options.loss)]
+    ends = f", {steps(options, pairs)[1]} steps"
+    lines = [f"training the {who} with {card.LOSSES.get(loss, loss)}{ends}" for who, loss in todo]
+    return [f"stage {n} of 2: {line}" for n, line in enumerate(lines, 1)] if len(lines) > 1 else lines
 
 
 def counts_lines(counts):
@@ -74,5 +83,7 @@ def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
         f"{len(pairs)} pairs to train on, {len(eval_pairs)} to evaluate on; {total} steps of {options.batch_size} pairs"
         + (", in each of two stages" if trains_guide(options) else "")
     )
+    all_of_it, of_it = memory.trained(config, 0), memory.trained(config, options.lora_rank)
+    say(f"{of_it:,} of {all_of_it:,} parameters are trained")
     for line in memory.lines(plan, world) + memory.table(config, options, plan):
         say(line)

@@ -59,6 +59,7 @@ def start(timeout_minutes, device=None):
             raise BadInput(f"rank {rank} has no GPU: {shown}; lower --nproc_per_node")
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it comes first, and builds a plan for every new shape
     if world == 1:  # else gloo looks up this machine's name, which may take half a minute where nobody knows it
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     backend, timeout = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout_minutes * 60

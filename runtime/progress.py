@@ -40,6 +40,12 @@ def _printable(text):
     )
 
 
+def shown(row):
+    """What of a row of metrics is shown while a run goes on: of margin and accuracy plain DPO's, where there is one."""
+    names = ("loss", "margin", "accuracy", "tokens_per_second", "mfu")
+    return {name: row.get(f"dpo_{name}", row[name]) for name in names if name in row}
+
+
 def words(figures):
     """Figures of a step in words: {"loss": 0.69, "accuracy": 0.5} -> "loss 0.6900  accuracy 50.0%"."""
     spelled = {"accuracy": "accuracy {:.1%}", "mfu": "mfu {:.1%}", "tokens_per_second": "{:,.0f} tok/s"}

@@ -1,6 +1,9 @@
 """What a run leaves beside its models: config.toml, run.json and dropped.jsonl at its start; the table, the
 answers, tokens.jsonl and the report page at its end."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import pathlib
@@ -12,32 +15,35 @@ import sys
 import torch
 
 from files.card import add_figures
-from files.errors import BadInput
+from files.errors import BadInput, naming
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
-from runtime.disk import fsync, remove
+from runtime.disk import content, fsync, remove, stands, unreadable, whole
 from runtime.losses import LOSSES
 from runtime.progress import say
+
+GOLD = """\
+Read gold, the true reward of sampled replies, against KL, its price; wins: how often it is above the reference's.
+Only this example knows them, and no training saw them. Accuracy counts noisy labels, one in ten wrong."""
 
 
 def foresee_space(out, options, config, width, pairs, eval_pairs):
     """Raises BadInput unless the disk of `out` holds what the run will write, beside what it has already.
 
     config: the model's; width: bytes of a number of the exported models."""
-    root, block = memory.parameters(config)
-    parameters = root + config.num_hidden_layers * block
+    parameters, trained = memory.trained(config, 0), memory.trained(config, options.lora_rank)
     _, steps = preview.steps(options, len(pairs))
     saves = min(max(1, options.keep) + 1, -(-steps // options.save_every)) if options.save_every else 1
     models = 2 if preview.trains_guide(options) else 1
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
-    need = (3 * 4 * saves + width * models) * parameters
+    need = (3 * saves + bool(options.lora_rank)) * 4 * trained + width * models * parameters
     need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
     there = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     if (free := shutil.disk_usage(out).free) + there < need:
         raise BadInput(
             f"--out {out}: its disk has {free / 1e9:.3f} GB free, and the run needs {need / 1e9:.3f} GB: "
-            f"{saves} checkpoints of {12 * parameters / 1e9:.3f} GB, the models and the log-probs; "
+            f"{saves} checkpoints of {12 * trained / 1e9:.3f} GB, the models and the log-probs; "
             "free some, lower --keep or give another directory"
         )
 
@@ -45,14 +51,16 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
 def begin(out, options, identity, counts, plan, ranks):
     """Write config.toml, run.json and dropped.jsonl. A directory that is resumed must be of the same run."""
     path, guide = os.path.join(out, "run.json"), {}
-    if options.resume and os.path.exists(path):
+    if options.resume and stands(path):
         before = read_run(path)
         checkpoint.same_run(out, before["identity"], identity)
         guide = {"guide": before["guide"]} if "guide" in before else {}
     config = os.path.join(out, "config.toml")
-    if os.path.lexists(config) and not outdir.is_ours(config):
-        os.rename(config, config + ".before")  # written by hand
-        say(f"{config}: written by hand; kept as {config}.before")
+    if stands(config) and not option_table.is_as_saved(content(config) or b""):
+        names = (f"{config}.before" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+        kept = next(name for name in names if not stands(name))
+        os.rename(config, kept)
+        say(f"{config}: written or edited by hand; kept as {kept}")
     write(config, option_table.to_toml(options))
     write(
         os.path.join(out, "dropped.jsonl"),
@@ -85,7 +93,7 @@ def is_over(out, identity):
     """Whether the run in `out` has ended well with --keep 0, so that --resume has nothing to do, which is said. Raises
     BadInput where that was another run."""
     checkpoints = os.path.join(out, "checkpoints")
-    if not os.path.exists(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
+    if not stands(os.path.join(checkpoints, "finished")) or checkpoint.newest(checkpoints):
         return False
     checkpoint.same_run(out, read_run(os.path.join(out, "run.json"))["identity"], identity)
     say(f"the run in {out} is finished, and --keep 0 left no checkpoint: nothing to resume; --overwrite starts it anew")
@@ -112,10 +120,16 @@ def end(out, options):
                 remove(os.path.join(checkpoints, name))
 
 
-def has_guide(out):
-    """Whether stage 1 has exported its guide; it may be gone by now, though the policy's training has begun."""
+def has_guide(out, check):
+    """Whether stage 1 is over, its guide exported; that may be gone or damaged by now, though the policy's training has
+    begun. As long as the stage has a checkpoint, a guide that is not whole is none: it is exported again."""
     begun = checkpoint.newest(os.path.join(out, "checkpoints"))
-    return os.path.isdir(os.path.join(out, "guide")) or begun and "guide" in read_run(os.path.join(out, "run.json"))
+    run, directory = read_run(os.path.join(out, "run.json")), os.path.join(out, "guide")
+    if begun and checkpoint.read_state(begun).get("identity", {}).get("stage") == "dpo":
+        with contextlib.suppress(BadInput):
+            return bool(guide_digest(directory, run, check))
+        return False
+    return stands(directory) or bool(begun) and "guide" in run
 
 
 def same_guide(out, directory, new, check):
@@ -124,27 +138,38 @@ def same_guide(out, directory, new, check):
     checkpoint is not whole."""
     path = os.path.join(out, "run.json")
     run = read_run(path)
-    mend = "put back what stage 1 exported, or start anew with --overwrite"
-    if not os.path.isdir(directory):
-        raise BadInput(f"{directory} is gone, by which the policy is trained: {mend}")
     try:
-        check(directory)
-    except BadInput as error:
-        raise BadInput(f"the guide is damaged: {error}: {mend}") from None
-    digest = cache.weights_digest(directory)
-    if not new and run.get("guide", digest) != digest:
-        raise BadInput(f"{directory} holds other weights than stage 1 exported: {mend}")
+        digest = guide_digest(directory, {} if new else run, check)
+    except BadInput as fault:
+        raise BadInput(f"{fault}: put back what stage 1 exported, or start anew with --overwrite") from None
     write_json(path, run | {"guide": digest})
     return digest
 
 
-def finish(out, options, tokenizer, pairs, judged, answers):
+def guide_digest(directory, run, check):
+    """-> the digest of the guide in `directory`. Raises BadInput unless it is the one that stage 1 exported, whose
+    digest is in `run` once it is known."""
+    if not stands(directory):
+        raise BadInput(f"{directory} is gone, by which the policy is trained")
+    try:
+        check(directory)
+    except BadInput as error:
+        if isinstance(error.__context__, OSError) and error.__context__.errno != errno.ENOENT:
+            raise unreadable(directory, error.__context__) from None  # it may well be whole
+        raise BadInput(f"the guide is damaged: {error}") from None
+    digest = cache.weights_digest(directory)
+    if run.get("guide", digest) != digest:
+        raise BadInput(f"{directory} holds other weights than stage 1 exported")
+    return digest
+
+
+def finish(out, options, tokenizer, pairs, judged, answers, gold):
     """Write tokens.jsonl and samples.json, print the table and the answers.
 
     pairs: the evaluation pairs (without any, training pairs); judged: as train.judged yields it, pair by pair;
-    answers: name -> [(prompt, answer)]."""
+    answers: name -> [(prompt, answer)]; gold: as train.gold_figures gives it, {} where no true reward is known."""
     figures = {}  # model -> what the table averages, a dict a pair
-    with open(os.path.join(out, "tokens.jsonl"), "w", encoding="utf-8") as file:
+    with whole(os.path.join(out, "tokens.jsonl")) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         for i, (pair, (losses, tokens)) in enumerate(zip(pairs, judged)):
             for name, loss in losses.items():
                 figures.setdefault(name, []).append(_figures(loss, tokens[name]))
@@ -153,12 +178,16 @@ def finish(out, options, tokenizer, pairs, judged, answers):
     table = [
         {"model": "reference" if name == "ref" else name}
         | {figure: statistics.fmean(pair[figure] for pair in values) for figure in values[0]}
+        | gold.get(name, {})
         for name, values in figures.items()
     ]
     figure = "log-ratio" if "ref" in figures else "log p"
-    say(f"\n{len(pairs)} pairs{'':<18}accuracy    margin{figure + ' chosen':>18}{figure + ' rejected':>20}")
-    for row in table:
-        say("  {:<24}{:>9.3f}{:>10.3f}{:>18.3f}{:>20.3f}".format(*row.values()))
+    heads = ("accuracy", "margin", f"{figure} chosen", f"{figure} rejected", *("gold", "wins", "KL")[: 3 * bool(gold)])
+    say(f"\n{f'{len(pairs)} pairs':<12}" + "".join(f"{head:>{max(8, len(head) + 3)}}" for head in heads))
+    for model, *numbers in map(dict.values, table):
+        say(f"  {model:<10}" + "".join(f"{x:>{max(8, len(head) + 3)}.3f}" for head, x in zip(heads, numbers)))
+    if gold:
+        say(GOLD)
     if falls := [row["model"] for row in table if row.get("logratio_chosen", 0) < 0]:
         say(
             f"  note: {' and '.join(falls)} find the chosen responses, too, less likely than the reference does: "
@@ -174,7 +203,7 @@ def finish(out, options, tokenizer, pairs, judged, answers):
             say(f"  {name:<10}{text!r}")
     write_json(os.path.join(out, "samples.json"), samples)
     path = os.path.join(out, "run.json")
-    write_json(path, read_run(path) | {"table": table})
+    write_json(path, read_run(path) | {"table": table, "table_pairs": len(pairs)})
     for name in ("guide", "policy"):
         add_figures(os.path.join(out, name), table)
     if options.keep:
@@ -187,8 +216,7 @@ def finish(out, options, tokenizer, pairs, judged, answers):
 def read_run(path):
     """The object of a run.json. Raises BadInput where it is not what `begin` wrote."""
     try:
-        with open(path, encoding="utf-8") as file:
-            run = json.load(file)
+        run = json.loads(content(path) or b"")
         if isinstance(run["identity"], dict):
             return run
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -207,7 +235,8 @@ def write_json(path, value):
 def write(path, text):
     """Write a file, whole or not at all."""
     # What the command line has that is no UTF-8 is written as it was.
-    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
+    outdir.check(os.path.dirname(path))
+    with naming(path), open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -14,7 +14,7 @@ class Tally:
 
     def __init__(self, device, reference):
         """reference: whether the loss knows one; without, a row has no DPO margin and no log-ratios."""
-        number = lambda value: torch.tensor(value, dtype=torch.float64, device=device)
+        number = lambda value: torch.full((), value, dtype=torch.float64, device=device)
         self.means = OF_PAIRS + (OF_REFERENCE if reference else ())
         self.sums = {
             name: number(0.0) for name in ("pairs", *OF_PAIRS, *OF_REFERENCE, "tokens", *OF_TOKENS, "weighted", "u")

@@ -9,7 +9,7 @@ import os
 import torch
 
 from files.errors import BadInput
-from runtime import checkpoint, shards
+from runtime import checkpoint, outdir, shards
 from runtime.failures import RunFailed
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import say
@@ -65,7 +65,9 @@ def save(run, training):
         return
     training.net.reshard()  # in an evaluation the root is gathered, and its parameters are not the optimiser's
     finite = on_all_ranks(
-        lambda: all(bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters())
+        lambda: all(
+            bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters() if p.requires_grad
+        )
     )
     if not all(finite):
         raise RunFailed(
@@ -80,6 +82,7 @@ def save(run, training):
         "position": position * run.options.batch_size,
     }
     tensors = training_state(training.net, training.optimiser)
+    on_rank_0(lambda: outdir.check(run.out))
     for log in (run.metrics, run.samples):
         on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
@@ -109,9 +112,12 @@ def last_checkpoint(run):
 
 
 def training_state(net, optimiser):
-    """Name -> tensor of all that a checkpoint holds: parameters and AdamW's two moments, made where missing."""
+    """Name -> tensor of all that a checkpoint holds: the parameters that are trained and AdamW's two moments of each,
+    made where missing."""
     tensors = {}
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = optimiser.state[parameter]
         if not state:
             state |= {

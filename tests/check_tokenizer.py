@@ -1,6 +1,7 @@
 """A real tokenizer and real pairs against transformers.   python tests/check_tokenizer.py MODEL_DIR pairs.json ...
 
-For every pair that is kept: the prompt's ids must be transformers' apply_chat_template(…, add_generation_prompt=True),
+For every pair that is kept: the prompt's ids must be transformers' apply_chat_template(…, add_generation_prompt=True,
+enable_thinking=False), without the last where a reply begins with <think>,
 and the scored tokens must decode to the response and one end token. Not part of the suite, which has small golden cases
 of each kind. Exit status 1 where any pair differs.
 """
@@ -27,7 +28,10 @@ def main(directory, *files):
     prompts = responses = 0
     for pair in pairs:
         messages, *texts = preference_of(rows[pair.source])
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, date_string=TODAY)
+        given = {"add_generation_prompt": True, "return_dict": False, "date_string": TODAY}
+        if not any(text.startswith("<think>") for text in texts):
+            given["enable_thinking"] = False  # which Qwen3's template reads
+        ids = theirs.apply_chat_template(messages, **given)
         prompts += ids == pair.prompt.tolist()
         responses += sum(
             ours.decode(side[:-1]).strip() == text.strip() and side[-1] in ours.end_ids

@@ -27,6 +27,7 @@ CONFIG = {
     "rope_theta": 1e4,
     "tie_word_embeddings": False,
 }
+GEMMA2, QWEN3 = ({"architectures": [f"{name}ForCausalLM"]} for name in ("Gemma2", "Qwen3"))
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -76,8 +77,15 @@ def shard(directory, names):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"architectures": "gone"}, "architecture None is not supported; supported are LlamaForCausalLM and Mistral"),
+        (
+            {"architectures": "gone", "model_type": "gone"},
+            "architecture None is not supported; supported are LlamaForCausalLM, Mistral",
+        ),
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture .'GPT2LMHeadModel'. is not supported"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "'Qwen3MoeForCausalLM'. is not supported; .*, Gemma2ForCausalLM$"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForConditionalGeneration'. is not supported"),
+        ({"architectures": ["Llama4ForConditionalGeneration"]}, "'Llama4ForConditionalGeneration'. is not supported"),
+        ({"architectures": "gone", "model_type": "qwen3_moe"}, "architecture 'qwen3_moe' is not supported"),
         ({"architectures": "LlamaForCausalLM"}, "is not supported"),
         ({"hidden_size": "gone"}, "hidden_size is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, where a positive whole number"),
@@ -91,6 +99,17 @@ def shard(directory, names):
         ({"vocab_size": 1e30}, "vocab_size is 1e"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only silu"),
+        (GEMMA2 | {"hidden_act": "silu"}, "hidden_act is 'silu'; only gelu_pytorch_tanh"),
+        (GEMMA2 | {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; only gelu_pytorch_tanh"),
+        (GEMMA2 | {"final_logit_softcapping": 0}, "final_logit_softcapping is 0"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention is true; only causal"),
+        (
+            QWEN3 | {"layer_types": ["chunked_attention"]},
+            "layer_types is .'chunked_attention'.; .* full_attention, sliding_",
+        ),
+        (QWEN3 | {"layer_types": []}, "layer_types is ..; for each of 1 layers"),
+        (QWEN3 | {"max_window_layers": -1}, "max_window_layers is -1"),
+        (QWEN3 | {"use_sliding_window": "no"}, "use_sliding_window is 'no'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
@@ -190,6 +209,12 @@ def test_only_pickles(good, name):
 def test_no_weights_at_all(good):
     os.remove(good / WEIGHTS)
     refused(good, "no safetensors weights: neither model.safetensors nor")
+
+
+def test_sizes_are_looked_at_first(good):
+    os.truncate(good / "config.json", 2**30)
+    with pytest.raises(BadInput, match="config.json: has 1074 MB, more than such a file ever has"):
+        model.read_config(good)
 
 
 def test_fifos_and_devices_are_not_opened(good):

@@ -13,7 +13,8 @@ from fuzz_rows import mutated_rows, mutated_templates, mutated_tokenizers
 from tiny_tokenizers import LLAMA3, PLAIN, llama3, row, write_rows
 
 import data
-from files import template
+from files import rows, template
+from files import tokenizer as tokenizer_file
 from files.errors import BadInput
 from files.tokenizer import load_tokenizer
 
@@ -47,6 +48,8 @@ FILES = {  # name: (content, message behind the path)
     "comma.jsonl": (b'[{"prompt": "a"},]', "broken JSON: "),
     "twice.json": (b"[] []", "broken JSON: Extra data at column 4"),
     "latin.json": (b'[{"prompt": "\xe9"}]', "not UTF-8: at byte 14"),
+    "utf16.jsonl": (row().__repr__().encode("utf-16"), "is UTF-16 or UTF-32 text; save it as UTF-8"),
+    "utf16.json": ("[{}]".encode("utf-16-be"), "is UTF-16 or UTF-32 text; save it as UTF-8"),
     "deep.json": (b"[" * 100_000, "broken JSON: maximum recursion depth exceeded"),
 }
 
@@ -231,6 +234,62 @@ def test_ten_megabytes_in_one_row(tmp_path, tokenizer):
     assert time.process_time() - began < 20
 
 
+def test_a_line_without_end_is_not_read_whole(tmp_path, tokenizer, monkeypatch):
+    """As two gigabytes of NULs, which a power cut may leave."""
+    monkeypatch.setattr(rows, "LINE", 1000)
+    path = write_rows(tmp_path / "a.jsonl", row(), b"\0" * 5500, row(prompt="x" * 990), row(), b"\0" * 999)
+    pairs, counts = data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=True)
+    assert [(drop["row"], drop["reason"].split(":")[0]) for drop in counts.dropped] == [
+        (2, "too long"),
+        (3, "too long"),
+        (5, "broken JSON"),
+    ]
+    assert len(pairs) == 2
+
+
+def test_a_prompt_too_long_for_any_template_is_too_long(tmp_path, tokenizer, monkeypatch):
+    """A prompt of 120 MB condemned the template."""
+    monkeypatch.setattr(data, "HUGE", 1000)
+    long = "word " * 100_000
+    path = write_rows(tmp_path / "a.jsonl", row(long), row(chosen=long), row())
+    asked, plain = [], template.ChatTemplate.render
+    monkeypatch.setattr(template.ChatTemplate, "render", lambda *given: asked.append(given[1:]) or plain(*given))
+    pairs, counts = data.load_pairs([path], tokenizer, 100, 90)
+    assert [drop["reason"] for drop in counts.dropped] == ["prompt too long: 500000 characters"] and counts.cut == 1
+    assert max(len(reply) for _, replies in asked for reply in replies) < 10_000
+    assert len(pairs[0].chosen) == 100 - len(pairs[0].prompt)
+
+
+def test_text_of_which_the_tokenizer_makes_no_token(tmp_path):
+    directory = llama3(
+        tmp_path / "model", "{{ messages[0].content }}{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    )
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[zĀ]"}, "content": ""}
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    path = write_rows(tmp_path / "a.jsonl", row("zz"), row("a", "zz"), row("a", "b", "zz"), row("a", "b", "c"))
+    pairs, counts = data.load_pairs([path], load_tokenizer(directory), 100, 90)
+    nothing = "the tokenizer makes no token of it"
+    assert [drop["reason"] for drop in counts.dropped] == [f"empty prompt: {nothing}"] + [
+        f"empty response: {nothing}"
+    ] * 2
+    assert len(pairs) == 1
+
+
+def test_parquet_of_what_python_has_no_value_for(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    odd = {
+        "date": pyarrow.array([2**30], pyarrow.int32()).cast(pyarrow.date32()),
+        "duration": pyarrow.array([1], pyarrow.duration("ns")),
+        "time": pyarrow.array([2**62], pyarrow.timestamp("us")),
+    }
+    for name, column in odd.items():
+        table = pyarrow.table({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], name: column})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert "is no parquet file that pyarrow reads into rows" in refusal(tmp_path / "a.parquet", tokenizer)
+
+
 def tokenizer_refusal(directory, **options):
     with pytest.raises(BadInput) as error:
         load_tokenizer(directory, **options).prompt_ids([message()])
@@ -256,6 +315,60 @@ def test_tokenizers_that_cannot_be_read(tmp_path):
     state["model"]["vocab"]["hello"] = 4_000_000_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     assert tokenizer_refusal(tmp_path).endswith("/tokenizer.json: has no pieces, or ids beyond 16 million")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}}, "index out of bounds"),
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "EAAAAGdhcmJhZ2UgZ2FyYmFnZSA="}},
+            "index out of bounds",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": "(x+x+)+y"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
+            "retry-limit-in-match over",
+        ),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 10**7}},
+            "a few lines of text take more than 20 seconds or 4 GiB (it ended with status -",
+        ),
+    ],
+    ids=["replace of nothing", "garbage charsmap", "regex without end", "explosion"],
+)
+def test_tokenizers_that_panic_or_explode(tmp_path, capfd, monkeypatch, change, said):
+    """In a process of their own, which says so in one line."""
+    monkeypatch.setattr(tokenizer_file, "TRIAL", tmp_path / "trial.py")
+    source = (Path(template.__file__).parent / "trial.py").read_text()
+    (tmp_path / "trial.py").write_text(
+        source.replace("MEMORY = 4 << 30", "MEMORY = 1 << 29").replace("= 20  #", "= 1  #")
+    )
+    llama3(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state | change))
+    refused = tokenizer_refusal(tmp_path)
+    assert refused.startswith(f"{tmp_path}/tokenizer.json: the tokenizers library fails on it: ") and said in refused
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sizes_are_looked_at_first(tmp_path, monkeypatch):
+    """Files with holes: they take no room, and would take gigabytes of memory."""
+    llama3(tmp_path)
+    for name, size in (("tokenizer.json", 2**29), ("tokenizer_config.json", 2**30), ("big.jinja", 2**31)):
+        before = (tmp_path / name).read_bytes() if name != "big.jinja" else b"x"
+        with open(tmp_path / name, "wb") as file:
+            file.write(before)
+            file.truncate(size)
+        refused = tokenizer_refusal(tmp_path, chat_template=tmp_path / "big.jinja" if name == "big.jinja" else None)
+        assert refused == f"{tmp_path / name}: has {size / 1e6:.0f} MB, more than such a file ever has"
+        (tmp_path / name).write_bytes(before)
 
 
 @pytest.mark.parametrize(

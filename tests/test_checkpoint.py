@@ -366,19 +366,51 @@ def test_a_clean_up_that_fails_is_told_once_and_loses_nothing(tmp_path, monkeypa
     assert names(tmp_path) == ["step-10", "step-12"]
     printed = capfd.readouterr()
     assert (printed.out + printed.err).count("step-10 stays: it cannot be removed: Device or resource busy") == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *_, **__: busy("step-10"))
+    save(tmp_path, 12, keep=9)  # over itself
+    assert names(tmp_path) == ["step-10", "step-12", "step-12.tmp"]
+    assert "step-12.old stays: it cannot be removed: Device or resource busy" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("step", [-1, 1.5, "3", True, None])
-def test_a_state_of_the_right_digest_and_wrong_content_is_passed_over(tmp_path, step):
+WRONG = [{"step": step} for step in (-1, 1.5, "3", True, None, 7)] + [
+    {"random": value} for value in ([], [{}], None, [{"python": "x"}], "garbage", [1], 7)
+]
+WRONG += [{"identity": None}, {"world_size": 2}, {"steps": "x"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_state_of_the_right_digest_and_wrong_content_is_passed_over(tmp_path, wrong):
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     content = checkpoint._content(path)
-    content["state"]["step"] = step
+    content["state"] |= {"steps": 6} | wrong
     (path / "state.json").write_bytes(checkpoint._seal(content))
     said = []
     assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step-1" and "not what a save writes" in said[0]
+    for other in ({"files": []}, {"tensors": None}, {"more": 1}):
+        (path / "state.json").write_bytes(checkpoint._seal(content | {"state": {"step": 2}} | other))
+        assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+    (path / "state.json").write_bytes(b"[]")
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
     (path / "state.json").unlink()
     os.mkfifo(path / "state.json")
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+
+
+def test_a_random_state_cut_short_is_passed_over(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    for name in ("torch", "python", "numpy"):
+        content = checkpoint._content(path)
+        whole, state = (path / "state.json").read_bytes(), content["state"]["random"][0]
+        state[name] = "AAAA" if name == "torch" else [state[name][0], "AAAA", *state[name][2:]]
+        (path / "state.json").write_bytes(checkpoint._seal(content))
+        assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+        (path / "state.json").write_bytes(whole)
+    shard = next(path.glob("*.safetensors"))
+    shard.rename(tmp_path / "gone")
+    shard.symlink_to(tmp_path / "nothing")
     assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
 
 

@@ -106,7 +106,8 @@ def test_contradictions_and_what_is_not_there(world, capfd, tmp_path, more, word
     refused(capfd, arguments(world, out, *more), *words, out=out)
 
 
-def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_modules_are_imported_leaves_no_traceback(tmp_path, number, status):
     program = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--out", tmp_path / "out"],
         cwd=tmp_path,
@@ -115,9 +116,32 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(tmp_path):
         stderr=subprocess.PIPE,
     )
     time.sleep(0.5)
-    program.send_signal(signal.SIGINT)
+    program.send_signal(number)
     printed = program.communicate(timeout=60)
-    assert program.returncode == 130 and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
+    assert program.returncode == status and "Traceback" not in printed[1] and not (tmp_path / "out").exists()
+
+
+def test_a_second_signal_while_modules_are_torn_down_changes_no_status():
+    """What waits then is as long as torch's own end."""
+    program = (
+        "import os, signal, sys, atexit; from runtime import supported; supported.end_at_once_when_told();"
+        "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (2, 15, 1)]); supported.end(7)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 7
+
+
+@pytest.mark.parametrize("more", [["-P"], ["-I"]])
+def test_a_python_that_does_not_look_beside_the_script(more):
+    done = subprocess.run([sys.executable, *more, ROOT / "train.py", "--epochs", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "train.py: error: --epochs 0: must be at least 1\n")
+
+
+@pytest.mark.linux("ulimit -v")
+def test_too_little_address_space_for_torch_is_one_line():
+    command = f"ulimit -v 600000; {sys.executable} {ROOT}/train.py"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    line = "train.py: error: memory is limited to 585 MiB of addresses (ulimit -v); it takes 2048 at least\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_a_bad_option_ends_the_program_before_torch_is_imported(tmp_path):
@@ -187,15 +211,16 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
     refused(capfd, given, "2 checkpoints", out=out)
 
 
-def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out):
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 2)])
+def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out, more):
     """What is foreseen is what is written, but for the files' headers and the report."""
     needed, usage = [10**9], collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(results.shutil, "disk_usage", lambda path: usage(0, 0, needed[-1]))
-    given = arguments(world, out, "--loss", "tgdpo", "--save-every", 1, "--keep", 3, "--epochs", 2)
+    given = arguments(world, out, "--loss", "tgdpo", "--save-every", 1, "--keep", 3, "--epochs", 2, *more)
     assert train.main(given) == 0
     checkpoints, *others = (
         sum(tensor.nbytes for path in out.glob(f"{part}/*.safetensors") for tensor in load_file(path).values())
-        for part in ("checkpoints/*", "guide", "policy", "cache")
+        for part in ("checkpoints/*", "guide", "policy", "adapter", "cache")
     )
     need = checkpoints * 4 // 3 + sum(others)  # one more while the new one is written
     monkeypatch.setattr(train, "cached_log_probs", None)  # a fault, so status 1, once there is room
@@ -210,7 +235,33 @@ def test_a_failed_overwrite_keeps_what_stood(world, capfd, tmp_path, out):
     before = sorted(str(path) for path in out.rglob("*"))
     make_pairs(tmp_path / "empty.jsonl", 0)
     refused(capfd, arguments(world, out, "--overwrite", "--data", tmp_path / "empty.jsonl"), "is empty")
+    shutil.copytree(world / "start", tmp_path / "bad")
+    weights = load_file(tmp_path / "bad/model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "bad/model.safetensors", {"format": "pt"})
+    refused(capfd, arguments(world, out, "--overwrite", "--model", tmp_path / "bad"), "values that are not finite")
     assert sorted(str(path) for path in out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_directory_that_is_taken_away_ends_the_run_with_one_line(world, capfd, tmp_path, monkeypatch, out, again):
+    """And nothing is written into the one that has its name by now."""
+    plain = train.optimiser_step
+
+    def step(*given):
+        if out.exists() and not (tmp_path / "moved").exists():
+            out.rename(tmp_path / "moved")
+            if again:
+                out.mkdir()
+                (out / ".lock").touch()
+        return plain(*given)
+
+    monkeypatch.setattr(train, "optimiser_step", step)
+    assert train.main(arguments(world, out)) == 1
+    words = "was replaced under this run by another one's" if again else "was removed or renamed under this run"
+    err = capfd.readouterr().err
+    assert words in err and err.count("\n") == 1, err
+    assert os.listdir(out) == [".lock"] if again else not out.exists()
 
 
 def test_two_runs_in_one_directory(world, capfd, tmp_path, out):
@@ -598,6 +649,7 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
             1,
             "[Errno 28] No space left on device: the disk is full; free",
         ),
+        (OSError(errno.ENOSPC, "No space left", "m.jsonl"), 1, "[Errno 28] No space left: 'm.jsonl': the disk is full"),
         (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
         (BadInput("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong"),
     ],

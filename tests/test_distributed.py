@@ -109,7 +109,7 @@ def test_what_is_not_finite_stops_all_ranks(world, fault, words, tmp_path):
     )
     assert statuses == [1, 1], printed
     line = next(line for line in printed.splitlines() if words in line)
-    assert "dpo step 3: " in line and "pairs.jsonl:" in line and "step-2" in line
+    assert "dpo step 3: " in line and "pairs.jsonl:" in line and "step-2" in line and line.endswith("--lr or --beta")
     assert [r["step"] for r in rows(out)] == [1, 2] and not (out / "policy").exists()
     # the checkpoint of step 2 is good: resumed, the run is the one that never failed
     assert launcher.run(2, arguments(world, out, "tied", "--loss", "dpo", "--resume"), tmp_path / "log")[0] == [0, 0]

@@ -200,10 +200,11 @@ def test_either_spelling_of_rope_gives_the_numbers(rope, version, tmp_path):
 def test_a_source_without_theta_gets_the_one_that_was_computed_with(tmp_path):
     """Llama 2's config.json has no rope_theta, an old one says `type`."""
     source = pathlib.Path(make_checkpoint(tmp_path / "start"))
-    config = {k: v for k, v in read(source / "config.json").items() if not k.startswith("rope")}
+    config = {k: v for k, v in read(source / "config.json").items() if not k.startswith(("rope", "architectures"))}
     config["rope_scaling"] = {"type": "linear", "factor": 4.0}
     (source / "config.json").write_text(json.dumps(config))
     exported, _ = as_used(source, load_tokenizer(source))
+    assert exported["architectures"] == ["LlamaForCausalLM"]  # which vLLM wants
     assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"] == 10000.0
     assert exported["rope_scaling"] == {"type": "linear", "factor": 4.0}
     assert exported["rope_parameters"] == {

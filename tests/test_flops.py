@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from runtime import flops
+from runtime import flops, lora
 
 CONFIG = types.SimpleNamespace(
     hidden_size=6,
@@ -37,10 +37,15 @@ def test_a_pair_by_hand():
     assert flops.pair_flops(CONFIG, 5, 3, 2) == 67320 + 12672
 
 
-def test_the_products_are_those_that_a_step_makes():
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"]
+)
+def test_the_products_are_those_that_a_step_makes(architecture):
+    """All but attention's own, which Gemma's caps make batched products."""
     config = model.parse_config(
         {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [architecture],
+            "head_dim": 4,
             "hidden_size": 16,
             "intermediate_size": 24,
             "num_hidden_layers": 2,
@@ -53,9 +58,23 @@ def test_the_products_are_those_that_a_step_makes():
     pack = data.collate([data.Pair(ids(7), ids(5), ids(4), "a:1")])
     with FlopCounterMode(display=False) as counter:
         net(pack.tokens, pack).sum().backward()
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
+    )
     squares = 6 * 2 * 16 * (12**2 + 11**2 - 7**2)
-    assert counted == flops.pair_flops(config, 7, 5, 4) - squares
+    body = 2 * (16 * (2 * 16 + 2 * 8) + 3 * 16 * 24)  # weights of the two blocks' products
+    left_out = 3 * 2 * body * 2  # each response's last token: the formula counts it, a pack has it not
+    assert counted == flops.pair_flops(config, 7, 5, 4) - squares - left_out
+
+    net.requires_grad_(False)
+    lora.add(net, 3, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        net(pack.tokens, pack).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    unasked = (
+        2 * 16 * (16 * (16 + 2 * 8) + 3 * 3 * 16)
+    )  # gradients of the first block's input: nothing before it trains
+    assert counted == flops.pair_flops(config, 7, 5, 4, lora_rank=3) - squares - unasked
 
 
 @pytest.mark.parametrize(

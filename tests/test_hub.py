@@ -336,13 +336,14 @@ def test_readme_without_metadata_or_too_large(tmp_path):
         (hub.data_files, "data/none.jsonl", "there is no such file"),
     ],
 )
-def test_errors_are_one_line_with_the_mend(server, call, name, message):
+def test_errors_are_one_line_with_the_mend(server, capfd, call, name, message):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     server.repos["models", "org/pickled"] = {"main": {"config.json": b"{}", "pytorch_model.bin": b"pickle"}}
     server.gated.add("org/gated")
     with pytest.raises(BadInput, match=message) as caught:
         call(name)
     assert str(caught.value).startswith(name) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # no bars where there is no terminal
 
 
 @pytest.mark.parametrize(

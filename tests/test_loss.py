@@ -108,6 +108,8 @@ def test_D11_guide_beta():
     torch.testing.assert_close(phi(0.8, 0.3), phi(0.8, None), rtol=0, atol=0)
     torch.testing.assert_close(phi(0.8, 0.15), phi(0.4, 0.3), rtol=0, atol=1e-14)
     assert (phi(0.8, 0.15) - phi(0.8, 0.3)).abs().min() > 1e-3
+    margin = tgdpo.tgdpo_loss(policy, ref, guide, 0.3, 0.8, 7.0).dpo_margin  # DPO's, whatever scales the guide
+    torch.testing.assert_close(margin, tgdpo.dpo_loss(policy, ref, 0.3).phi, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e30])
@@ -119,6 +121,42 @@ def test_D11_far_from_zero(size):
         assert losses[0] == 0 and losses[1].item() == approx(size, rel=2e-3)
         losses.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in policy)
+
+
+def test_D10_weights_have_no_bound():
+    r_hat = torch.tensor([1e3, 40.0, -40.0, -1e3], dtype=F64)
+    assert tgdpo.chosen_weight(r_hat, 3.0).tolist() == [3001, 121, -119, -2999]
+    assert tgdpo.rejected_weight(r_hat, 3.0).tolist() == [-2999, -119, 121, 3001]
+    far = tuple(t - 300 * (t != 0) for t in REF)  # in the loss too: r_hat -150, f_w = -149 and f_l = 151
+    loss = tgdpo.tgdpo_loss(POLICY, REF, far, beta=0.5, alpha=1.0)
+    assert [t[0].tolist() for t in loss.f] == [[-149, -149], [151]]
+    assert loss.phi.item() == approx(0.5 * (-149 * 1.5 + 151 * 0.4), abs=1e-11)
+
+
+def test_D7_preference_at_extremes():
+    phi = torch.tensor([-700.0, -40.0, 0.0, 30.0, 1e4], dtype=F64)
+    expected = [exp(-701), exp(-41) / (1 + exp(-41)), exp(-1) / (1 + exp(-1)), 1 / (1 + exp(-29)), 1.0]
+    assert tgdpo.preference(phi, torch.full_like(phi, -1.0)).tolist() == approx(expected, rel=1e-12, abs=0)
+
+
+def test_D11_gradients_of_what_the_loss_returns():
+    policy, ref, guide = leaf(POLICY), REF, GUIDE
+    loss = tgdpo.tgdpo_loss(policy, ref, guide, beta=0.5, alpha=1.0, guide_beta=0.25)  # f_w = (1.2, 0.9), f_l = 0.75
+    plain = tgdpo.dpo_loss(policy, ref, beta=0.5)
+    simple = tgdpo.simpo_loss(policy, ([2], [1]), beta=2.0, gamma=0.5)
+    for value, expected in (
+        (loss.phi, [0.6, 0.45, -0.375]),
+        (loss.dpo_margin, [0.5, 0.5, -0.5]),
+        (loss.logratio_w, [1, 1, 0]),
+        (loss.logratio_l, [0, 0, 1]),
+        (plain.phi, [0.5, 0.5, -0.5]),
+        (plain.logratio_w, [1, 1, 0]),
+        (plain.logratio_l, [0, 0, 1]),
+        (simple.phi, [1, 1, -2]),
+    ):
+        found = torch.autograd.grad(value.sum(), policy, retain_graph=True, materialize_grads=True)
+        assert torch.cat([t[0] for t in found]).tolist() == approx(expected, abs=1e-14)
+    assert not any(t.requires_grad for t in (*loss.r_hat, *loss.f))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0])
@@ -252,6 +290,15 @@ def test_D13_limits():
             tgdpo.largest_alpha(torch.ones(2), torch.ones(2), share)
 
 
+def test_D13_fine_shares_and_weak_guides():
+    ramp = torch.arange(1, 20001, dtype=F64)
+    for lost in (0, 1, 2, 19):  # of 20,000 tokens: a share of 0.99995 keeps all but one
+        assert tgdpo.largest_alpha(-ramp, ramp[:0], 1 - lost / 20000) == approx(1 / (20000 - lost), rel=1e-12)
+    assert tgdpo.largest_alpha(ramp[:0], ramp, 0.99993) == approx(1 / 19999, rel=1e-12)  # one less would be too few
+    for weak in (1e-5, 1e-9, 1e-30):
+        assert tgdpo.largest_alpha(torch.tensor([-weak, weak], dtype=F64), torch.zeros(3)) == approx(1 / weak, rel=1e-9)
+
+
 def test_D14_special_cases():
     policy, ref, guide, _, _ = batch()
     expected = independent_dpo(policy, ref, 0.3)
@@ -283,6 +330,12 @@ def test_D15_by_hand():
     assert loss.phi.item() == approx(2 * (-2 + 2.5), abs=1e-14)
     assert quoted("D15", loss.losses.item()) == approx(log(1 + exp(-0.5)), abs=1e-14)
     assert loss[2:] == (None,) * 5
+
+
+def test_D15_a_certain_token_is_a_token():
+    """Lengths count what is there, not what is below 0: a real token of log-prob 0 makes the mean smaller."""
+    loss = tgdpo.simpo_loss((pad([0, -2, 0]), pad([-3, 0])), ([3], [2]), beta=2.0, gamma=0.5)
+    assert loss.phi.item() == approx(2 * (-2 / 3 + 3 / 2), abs=1e-14)
 
 
 def test_D15_the_reward_of_a_token():

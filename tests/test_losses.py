@@ -169,4 +169,10 @@ def test_a_tally_is_the_figures_of_real_tokens_and_all_packs(monkeypatch):
         wanted = [values.mean(), values.std(correction=0), values.min(), values.max()]
         assert found == approx([x.item() for x in wanted], abs=1e-6)
     assert row["f_nonpositive"] == approx((torch.tensor(f) <= 0).double().mean().item()) and len(f) == 15
+    none = tgdpo.Loss(
+        torch.zeros(1), torch.zeros(1), r_hat=(torch.zeros(1, 1),) * 2, f=(torch.zeros(1, 1), torch.ones(1, 1))
+    )
+    edge = Tally(torch.device("cpu"), reference=False)
+    edge.add(none, ([1], [1]))
+    assert edge.row()["f_nonpositive"] == 0.5  # f = 0 is not positive
     assert list(Tally(torch.device("cpu"), reference=False).means) == ["loss", "margin", "accuracy"]

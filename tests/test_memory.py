@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import os
+import pathlib
 
 import launcher
 import pytest
@@ -16,7 +17,7 @@ import torch
 from tiny_world import make_tokenizer
 
 import model
-from runtime import container, memory
+from runtime import container, lora, memory
 from runtime.options import Options
 
 pytestmark = pytest.mark.linux("reads /proc, tunes malloc")
@@ -48,7 +49,9 @@ LLAMA_1B = LLAMA_8B | {
 }
 
 
-def test_the_plan_counts_the_logits_that_are_made():
+def test_the_plan_counts_the_logits_and_scores_that_are_made():
+    assert model.SCORES == memory.SCORES
+    assert memory.KEPT == model.KEPT
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
         assert (
             model.chunk_tokens(128256, device) * 128256 * 4
@@ -146,6 +149,8 @@ def measure_steps(tiny, path, rank):
 
 
 WEIGHTS = {"hidden_size": 384, "intermediate_size": 1024}
+OTHERS = [{"architectures": [f"{name}ForCausalLM"], "head_dim": 32} for name in ("Qwen2", "Qwen3", "Gemma2")]
+QWEN2, QWEN3, GEMMA2 = OTHERS
 VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
 
 
@@ -159,6 +164,10 @@ VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
         (1, {"num_hidden_layers": 6}, 8, "full", []),
         (1, VOCABULARY, 2, "none", []),
         (2, VOCABULARY | {"tie_word_embeddings": True}, 1, "none", []),
+        (1, GEMMA2, 8, "none", []),
+        (1, WEIGHTS, 1, "none", ["--loss", "simpo", "--lora-rank", 64]),
+        (1, {"num_hidden_layers": 6}, 8, "full", ["--loss", "simpo", "--lora-rank", 8]),
+        (1, VOCABULARY, 2, "none", ["--loss", "simpo", "--lora-rank", 8]),
     ],
 )
 def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, tiny, tmp_path):
@@ -184,7 +193,8 @@ def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, ti
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 20}]
+    "config",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 20}, *OTHERS],
 )
 def test_the_plan_counts_the_parameters(config):
     config = model.parse_config(LLAMA | config)
@@ -193,6 +203,10 @@ def test_the_plan_counts_the_parameters(config):
     root, block = memory.parameters(config)
     assert root + config.num_hidden_layers * block == sum(numbers.values())
     assert block == sum(number for name, number in numbers.items() if ".layers.0." in name)
+    with torch.device("meta"):
+        lora.add(net := model.CausalLM(config), 5, 1.0)
+    assert memory.trained(config, 5) == sum(net.get_parameter(name).numel() for name in lora.names(net))
+    assert memory.trained(config, 0) == sum(numbers.values())
 
 
 def plan(config, shards, room=80e9, longest=2400, **options):
@@ -213,6 +227,19 @@ def test_what_is_chosen_on_a_gpu():
     assert plan(LLAMA_8B, 8, longest=20000).micro_tokens == 20000
     assert plan(LLAMA_8B, 8, activation_checkpointing="full").recompute == "full"
     assert sum(plan(LLAMA_8B, 1, cpu_offload=True).parts.values()) < memory.SHARE * 80e9
+    config = model.parse_config(LLAMA | LLAMA_1B)
+    assert plan(LLAMA_1B, 1).compile
+    assert not memory.make(config, Options(), 1, "cuda", 2, 2400, 80e9, can_compile=False).compile
+
+
+def test_adapters_of_an_8b_model_fit_on_one_gpu():
+    """The README's numbers: Llama-3-8B, rank 64, packs of 4,096 tokens."""
+    large, small = (plan(LLAMA_8B, 1, room=room, lora_rank=64, micro_tokens=4096) for room in (80e9, 40e9))
+    assert large.recompute == "none" and small.recompute == "selective"
+    planned = [round(sum(each.parts.values()) / 1e9) for each in (large, small)]
+    page = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    assert f"{planned[0]} GB of an 80 GB card" in page and f"{planned[1]} GB of a 40 GB card" in page
+    assert memory.trained(model.parse_config(LLAMA | LLAMA_8B), 64) == 167_772_160
 
 
 def test_the_table_for_other_numbers_of_ranks():

@@ -1,6 +1,7 @@
 """The transformer against transformers' own, packs against whole sequences, the chunked log-probs against autograd."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import torch
 
 import data
 import model
+from files.config import ARCHITECTURES
 from files.export import save_model
 
 transformers = pytest.importorskip("transformers")
@@ -37,6 +39,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 500.0,
 }
+GEMMA2 = {  # with caps, a scale and a window that show in 40 tokens
+    "pad_token_id": None,  # of which transformers keeps the embedding as it is
+    "head_dim": 10,
+    "query_pre_attn_scalar": 3,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 7,
+    "tie_word_embeddings": True,
+}
 KINDS = {
     "llama": ("Llama", {}),
     "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
@@ -45,13 +56,16 @@ KINDS = {
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": ("Mistral", {"head_dim": 12, "sliding_window": None}),
     "window": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", GEMMA2),
 }
 
 
 def oracle(kind, directory, **save):
     """A random model of transformers, saved to the directory."""
     family, changes = KINDS[kind]
-    config = getattr(transformers, family + "Config")(**BASE | changes)
+    config = getattr(transformers, family + "Config")(**BASE | changes, attn_implementation="eager")
     torch.manual_seed(0)
     net = getattr(transformers, family + "ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -81,6 +95,18 @@ def test_logits_equal_transformers(kind, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if kind != "llama3 rope" else 5)
 
 
+def test_gemma_in_bfloat16_and_from_nothing(tmp_path):
+    """Embeddings times √C as bfloat16 has it, which is 5.65625 and not 5.6569; norms that begin at 1 + 0."""
+    theirs, tokens, seen = oracle("gemma2", tmp_path).bfloat16(), torch.arange(101)[None], []
+    ours = model.load_model(tmp_path, torch.bfloat16)
+    ours.model.layers[0].register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    with torch.no_grad():
+        ours(tokens)
+        assert torch.equal(seen[0], theirs(tokens, output_hidden_states=True).hidden_states[0])
+    fresh = model.random_model(model.read_config(tmp_path))
+    assert all(not p.any() for name, p in fresh.named_parameters() if "norm" in name)
+
+
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_both_spellings_of_rope_give_the_same_config(spelling, tmp_path):
     oracle("llama3 rope", tmp_path)
@@ -93,6 +119,18 @@ def test_both_spellings_of_rope_give_the_same_config(spelling, tmp_path):
     config = model.parse_config(raw)
     assert config.rope_theta == 500.0
     assert config.rope_scaling == {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+
+
+@pytest.mark.parametrize("name, known", ARCHITECTURES.items())
+def test_a_field_that_is_missing_means_what_it_means_to_transformers(name, known):
+    """A config.json of the sizes alone, without a list of architectures, and all that transformers makes of it."""
+    sizes = {field: BASE[field] for field in list(BASE)[:7]} | {"num_hidden_layers": 40}
+    theirs = getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**sizes).to_dict()
+    found = model.parse_config(sizes | {"model_type": known.model_type})
+    assert found == model.parse_config(theirs | {"architectures": [name], "model_type": "of no account"})
+    raw = sizes | {"architectures": [name], "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    theirs = getattr(transformers, name.removesuffix("ForCausalLM") + "Config")(**raw).to_dict()
+    assert model.parse_config(raw) == model.parse_config(theirs | {"architectures": [name]})
 
 
 def test_llama3_rope_frequencies_by_hand():
@@ -112,9 +150,11 @@ def test_llama3_rope_frequencies_by_hand():
 LENGTHS = [[(5, 7, 3)], [(1, 1, 1)], [(1, 9, 2), (12, 1, 1), (3, 4, 25), (30, 2, 8)]]
 
 
-@pytest.mark.parametrize("kind", ["llama", "window"])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("share_prompt", [True, False])
+CASES = list(itertools.product(["llama", "window"], LENGTHS, [True, False]))
+CASES += [(kind, LENGTHS[2], True) for kind in ("qwen2", "qwen3", "gemma2")]
+
+
+@pytest.mark.parametrize("kind, lengths, share_prompt", CASES, ids=str)
 def test_a_pack_equals_whole_sequences(kind, lengths, share_prompt, tmp_path):
     """Log-probs and all gradients of a pack equal those of transformers run on each prompt + response by itself."""
     theirs = oracle(kind, tmp_path)
@@ -138,8 +178,8 @@ def test_a_pack_equals_whole_sequences(kind, lengths, share_prompt, tmp_path):
         torch.testing.assert_close(parameter.grad, grads[name].grad, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_packed_attention_equals_one_dense_mask(window):
+@pytest.mark.parametrize("window, scale, cap", [(None, None, None), (4, None, None), (None, 0.7, 1.5), (4, 0.7, 1.5)])
+def test_packed_attention_equals_one_dense_mask(window, scale, cap, monkeypatch):
     """Oracle: every token against every token under one mask that says who sees whom."""
     pairs = random_pairs([(4, 6, 3), (1, 2, 9), (7, 1, 1)])
     pack = data.collate(pairs)
@@ -150,7 +190,7 @@ def test_packed_attention_equals_one_dense_mask(window):
     owner = [
         (p, side)
         for p, pair in enumerate(pairs)
-        for side, part in enumerate((pair.prompt, pair.chosen, pair.rejected))
+        for side, part in enumerate((pair.prompt, pair.chosen[:-1], pair.rejected[:-1]))
         for _ in part
     ]
     sees = torch.zeros(N, N, dtype=torch.bool)
@@ -159,9 +199,12 @@ def test_packed_attention_equals_one_dense_mask(window):
             if p == other and other_side in (0, side) and j <= i:
                 distance = int(pack.positions[i] - pack.positions[j])
                 sees[i, j] = window is None or distance < window
-    scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(2, 1)) / 8**0.5
+    monkeypatch.setattr(model, "SCORES", 40)  # one query at a time, or few
+    scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(2, 1)) * (scale or 8**-0.5)
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     dense = torch.einsum("hnm,mhd->nhd", scores.masked_fill(~sees, -math.inf).softmax(-1), v.repeat_interleave(2, 1))
-    packed = model.packed_attention(q, k, v, pack, window)
+    packed = model.packed_attention(q, k, v, pack, window, scale, cap)
     torch.testing.assert_close(packed, dense)
     weights = torch.randn(dense.shape, dtype=torch.float64, generator=generator)
     expected = torch.autograd.grad((dense * weights).sum(), (q, k, v))
@@ -182,15 +225,17 @@ def test_recomputing_changes_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("most", [1, 4, 5, 100])
-def test_token_log_probs_gradcheck(most):
+@pytest.mark.parametrize("keep", [0, 1, 4])
+@pytest.mark.parametrize("most, cap", [(1, None), (4, None), (5, None), (100, None), (4, 1.5), (100, 0.5)])
+def test_token_log_probs_gradcheck(most, cap, keep):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(13, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(0, 13, (10,), generator=generator)
-    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, most)
+    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, most, False, cap, keep)
     assert torch.autograd.gradcheck(apply, (hidden, weight))
-    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(10), targets]
+    logits = hidden @ weight.T if cap is None else cap * torch.tanh(hidden @ weight.T / cap)
+    expected = logits.log_softmax(-1)[torch.arange(10), targets]
     torch.testing.assert_close(apply(hidden, weight), expected)
 
 
@@ -245,9 +290,11 @@ def test_generate_takes_the_likeliest_token_and_stops(tmp_path):
 RAGGED = [[1, 5, 9, 4, 8, 3, 2, 7, 6, 9, 9], [1, 7], [4], [3, 3, 3, 3, 3, 3]]
 
 
-@pytest.mark.parametrize("prompts", [RAGGED, [[4], [1], [7]]], ids=["ragged", "of one token"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("kind", ["llama", "window", "tied"])
+CASES = list(itertools.product(["llama", "window", "tied"], [0.0, 0.7], [RAGGED, [[4], [1], [7]]]))
+CASES += [("qwen3", 0.0, RAGGED), ("gemma2", 0.7, RAGGED)]
+
+
+@pytest.mark.parametrize("kind, temperature, prompts", CASES, ids=str)
 def test_sampling_equals_running_all_again_each_step(kind, temperature, prompts, tmp_path):
     """With sequences longer than the window of 7, and stop tokens that end them at different steps."""
     oracle(kind, tmp_path)

@@ -82,7 +82,7 @@ def test_the_recipes_and_configs_loss_settings_stay_with_their_loss(config):
     given = config("beta = 0.4\nalpha = 1\nguide = 'org/guide'\n")
     got = resolve(given + ["--loss", "dpo"])
     assert (got.beta, got.alpha, got.guide) == (0.4, None, None)
-    with pytest.raises(BadInput, match="--alpha 1.0: --loss dpo has no use for it"):
+    with pytest.raises(BadInput, match="my.toml: alpha = 1.0: loss dpo has no use for it"):
         resolve(config("loss = 'dpo'\nalpha = 1\n"))
 
 
@@ -338,6 +338,27 @@ def test_no_option_is_a_strict_prefix_of_one_of_torchruns():
     ours = [flag for flag in ours if flag.startswith("--") and flag != "--help"]
     assert len(ours) > 30
     assert [(flag, other) for flag in ours for other in torchruns if other.startswith(flag)] == []
+
+
+def test_a_contradiction_of_a_file_is_told_by_its_key(tmp_path):
+    file = tmp_path / "a.toml"
+    for text, flags, words in (
+        ('loss = "dpo"\nalpha = 1', "", f"{file}: alpha = 1.0: loss dpo has no use for it"),
+        ("alpha = 1\nbeta = 1", "--loss dpo --alpha 2", "--alpha 2.0: --loss dpo has no use for it"),
+        (
+            "max_length = 9\nmax_prompt_length = 9",
+            "",
+            f"{file}: max_prompt_length = 9: must be less than {file}: max_le",
+        ),
+        ('eval_data = "x"', "--eval-fraction 0.2", f"{file}: eval_data and --eval-fraction: the fraction is for"),
+        ('loss = "dpo"\nwith = "clip"', "", f"{file}: with: clip: --loss dpo has no guide for it"),
+    ):
+        file.write_text(text)
+        with pytest.raises(BadInput) as caught:
+            options.resolve(["--config", str(file), *flags.split()])
+        assert str(caught.value).startswith(words)
+    with pytest.raises(BadInput, match="--config is given 2 times; give one file, and flags for what differs"):
+        options.resolve(["--config", str(file), "--config", "b.toml"])
 
 
 def test_help_needs_no_torch_and_bad_options_end_early():

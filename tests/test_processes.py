@@ -19,6 +19,7 @@ from kill_loop import on_ranks
 from files.errors import BadInput
 from runtime import disk, options, outdir, process_group, signals
 from runtime.failures import RunFailed, Stopped
+from runtime.metrics import Metrics
 
 FORK = multiprocessing.get_context("fork")  # a forked rank need not import torch again
 
@@ -288,7 +289,7 @@ def steps(ranks, pipe):
     steps(ranks, pipe)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(group, capfd, number, status):
     ranks = group(2, steps)
     first, second = ranks.told()
@@ -318,6 +319,71 @@ def test_a_stop_just_after_a_save_is_not_lost(group):
     time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
     assert ranks.codes() == [143]
+
+
+def test_what_stops_counts_before_what_saves(group, capfd):
+    """SIGINT's number is less than SIGUSR1's, and what two ranks saw differs."""
+
+    def both(ranks, pipe):
+        ranks.signals._seen.add((signal.SIGINT, signal.SIGUSR1)[ranks.rank])
+        pipe.send(ranks.signals.agreed())
+
+    assert group(2, both).told() == [signal.SIGINT] * 2
+
+
+def test_what_nohup_ignores_stays_ignored(group):
+    def ignoring(ranks, pipe):
+        process_group.stop()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        steps(process_group.start(1, "cpu"), pipe)
+
+    ranks = group(1, ignoring)
+    (pid,) = ranks.told()
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGTERM)
+    assert ranks.told()[0][0] == "SIGTERM" and ranks.codes() == [143]
+
+
+def test_a_signal_when_all_is_saved_lets_the_run_finish(group, capfd):
+    def last(ranks, pipe):
+        ranks.signals.agreed()
+        ranks.signals.finish()
+        pipe.send(os.getpid())
+        time.sleep(0.5)
+
+    ranks = group(1, last)
+    (pid,) = ranks.told()
+    os.kill(pid, signal.SIGTERM)
+    assert ranks.codes() == [0]
+    assert capfd.readouterr().err == "SIGTERM: nothing left to stop: finishing the page\n"
+
+
+@pytest.mark.linux("forks a process group")
+def test_ranks_whose_torchrun_was_killed_end_by_themselves(monkeypatch, capfd):
+    """kill -9 leaves it no time to tell them."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(signals, "LOOK", 0.05)
+    ours, theirs = FORK.Pipe()
+
+    def torchrun():
+        if os.fork() == 0:
+            try:
+                steps(process_group.start(1, "cpu"), theirs)
+            finally:
+                os._exit(0)
+        time.sleep(60)
+
+    launched = FORK.Process(target=torchrun, daemon=True)
+    launched.start()
+    theirs.close()
+    assert ours.poll(20) and ours.recv()
+    launched.kill()
+    assert ours.poll(20) and ours.recv()[0] == "SIGTERM"
+    with pytest.raises(EOFError):  # the rank has ended
+        assert ours.poll(20) and ours.recv()
+    assert "has ended without a word: as after a SIGTERM" in capfd.readouterr().err
 
 
 def test_the_same_ctrl_c_from_terminal_and_agent_counts_once(group, capfd):
@@ -413,7 +479,10 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
         with pytest.raises(BadInput, match="nothing that tells of a run"):
             outdir.claim(wanted(out, **more))
     assert not (out / ".lock").exists()  # else it would be taken for a mark next time
-    (out / "config.toml").write_text(options.SAVED)
+    (out / "config.toml").write_text(options.to_toml(wanted(out)))  # as copied from a run elsewhere
+    with pytest.raises(BadInput, match="neither a run.json nor a whole checkpoint that tells which run made them"):
+        outdir.claim(wanted(out, resume=True))
+    (out / "run.json").write_text('{"identity": {}}')
     with pytest.raises(BadInput, match="--resume would replace .*policy, which this run reads"):
         outdir.claim(wanted(out, resume=True, model=str(out / "policy")))
     with pytest.raises(BadInput, match="--overwrite would remove .*policy, which this run reads"):
@@ -430,6 +499,21 @@ def test_earlier_results_stop_a_run_unless_it_resumes_or_overwrites(alone, tmp_p
     outdir.clear(str(out), wanted(out, overwrite=True))
     assert sorted(os.listdir(out)) == [".lock", "cache", "notes.txt"]
     assert (out / "cache" / "ref.safetensors").exists() and (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_a_lock_of_another_program_is_left_as_it_is(alone, tmp_path):
+    (tmp_path / ".lock").write_text("pid 7 of an editor\n")
+    with pytest.raises(BadInput, match=r"its .lock is another program's \(pid 7 of an editor\); give another"):
+        outdir.claim(wanted(tmp_path))
+    assert (tmp_path / ".lock").read_text() == "pid 7 of an editor\n"
+    process_group.stop()
+    process_group.start(1, "cpu")
+    for ours in ("", "\0" * 30, "process 7 on host\n"):  # killed before it was written, after a power cut, left
+        (tmp_path / ".lock").write_text(ours)
+        assert outdir.claim(wanted(tmp_path)) == str(tmp_path)
+        outdir.check(str(tmp_path))
+        process_group.stop()
+        process_group.start(1, "cpu")
 
 
 def test_a_cache_alone_is_no_result(alone, tmp_path):
@@ -554,6 +638,16 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
 
     told = group(2, work).told()
     assert told[0] == told[1] and told[0][0] == str(tmp_path / "runs" / "tgdpo") and "is a file" in told[0][1]
+
+
+@pytest.mark.linux("/dev/full")
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        Metrics(str(tmp_path / "metrics.jsonl")).write({"step": 1})
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"), disk.whole(tmp_path / "file"):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10_000)
 
 
 def test_space_is_asked_for_in_those_words(tmp_path):

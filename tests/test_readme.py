@@ -11,6 +11,7 @@ import pytest
 from tiny_world import make_checkpoint
 
 import train
+from files.config import ARCHITECTURES
 from runtime import options
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -90,6 +91,15 @@ def test_links_and_files_of_the_readme_exist():
         assert (ROOT / name).exists(), name
     for recipe in (ROOT / "recipes").glob("*.toml"):
         assert recipe.relative_to(ROOT).as_posix() in README, recipe
+
+
+def test_readme_and_help_name_every_architecture(capsys):
+    rows = re.findall(r"^\| `(\w+ForCausalLM)` \| (.*) \|$", README, re.MULTILINE)
+    assert rows == [(name, known.models) for name, known in ARCHITECTURES.items()]
+    with pytest.raises(SystemExit):
+        options.resolve(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(known.models in told for known in ARCHITECTURES.values())
 
 
 def test_every_option_that_the_readme_names_exists():

@@ -16,7 +16,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from report import figures, report
+from report import answer, figures, report
 from report.text import UNSEEN, signed, visible
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -98,14 +98,19 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
                 "margin": 0.9 * done,
                 "dpo_margin": 0.9 * done,
                 "accuracy": min(1, 0.5 + 0.4 * done + rng.normal(0, 0.03)),
+                "dpo_accuracy": 0.5 + 0.3 * done,
                 "logratio_chosen": -2 * done,
                 "logratio_rejected": -11 * done,
                 "lr": 7e-7 * math.cos(1.5 * step / steps),
                 "grad_norm": 20 * rng.lognormal(0, 0.2),
                 "tokens_per_second": 8000 + 200 * rng.normal(),
             }
-            if stage == "tgdpo":
+            if stage != "tgdpo":
+                row["accuracy"] = row["dpo_accuracy"]
+            else:
                 row |= {
+                    "dpo_margin": 1.1 * done,
+                    "logratio_chosen": -3 * done,
                     "margin": 1.3 * done + rng.normal(0, 0.05),
                     "f_nonpositive": 0.02 * done,
                     "r_hat_mean": 0.01,
@@ -120,7 +125,7 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
             rows.append(row)
             if step % (steps // 6) == 0:
                 held_out = {key: value for key, value in row.items() if key not in ("lr", "grad_norm")}
-                rows.append(held_out | {"eval": True, "accuracy": 0.5 + 0.3 * done})
+                rows.append(held_out | {"eval": True})
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     with open(out / "tokens.jsonl", "w") as file:
@@ -129,14 +134,15 @@ def make_run(out, seed=0, loss="tgdpo", pairs=24, length=40, words=WORDS, steps=
                 "source": f"pairs.jsonl:{number + 1}",
                 "prompt": f"<|user|>\nQuestion {number}: what did the cat do?<|assistant|>\n",
             }
-            for side, sign in (("chosen", 0.5), ("rejected", -0.5)):
+            turn = rng.normal(0, 0.3, 2)  # what the policy does to a whole response
+            for side, sign, more in (("chosen", 0.5, turn[0]), ("rejected", -0.5, turn[1])):
                 T = int(rng.integers(length // 2, length + 1))
                 ids = rng.integers(0, len(words), T)
                 ref = -rng.gamma(1.2, 1.5, T)
                 pull = 0.2 * likes[ids] * rng.normal(1, 0.5, T) + 0.1 * sign
                 row[side] = {
                     "tokens": [words[i] for i in ids[:-1]] + ["<|end|>"],
-                    "policy": (ref + 0.7 * pull + rng.normal(0, 0.1, T)).round(5).tolist(),
+                    "policy": (ref + 0.7 * pull + more + rng.normal(0, 0.1, T)).round(5).tolist(),
                 }
                 if loss != "simpo":
                     row[side]["ref"] = ref.round(5).tolist()
@@ -182,11 +188,11 @@ def pairs_of(out):
     return [report.read_pair(number, row) for number, row in enumerate(rows, 1)]
 
 
-def on_the_page(path):
+def on_the_page(path, pairs=True):
     """What the HTML file says: its data, with the packed numbers of its pairs as lists."""
     text = path.read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
-    for pair in data["pairs"]:
+    for pair in data["pairs"] if pairs else ():
         for side in figures.SIDES:
             for name in report.NUMBERS:
                 if name in pair[side]:
@@ -211,7 +217,7 @@ def test_recorded_numbers_reach_the_page_unchanged(tmp_path):
     for side in figures.SIDES:
         for name in report.NUMBERS:
             row[side][name] = rng.normal(0, 1, len(row[side]["tokens"])).astype(np.float32).tolist()
-    row |= {"margin": 0.1234567890123, "dpo_margin": -17.25, "phi": 3e-9}
+    row |= {"margin": 0.1234567890123, "dpo_margin": -17.25, "phi": 3e-9}  # the policy is wrong, the guide right
     (tmp_path / "tokens.jsonl").write_text(json.dumps(row))
     (pair,) = on_the_page(report.write(tmp_path))["pairs"]
     for side in figures.SIDES:
@@ -219,7 +225,7 @@ def test_recorded_numbers_reach_the_page_unchanged(tmp_path):
     for name in ("margin", "dpo_margin", "phi"):
         assert pair[name] == row[name]
     data = report.gather(tmp_path)
-    assert [each["pairs"] for each in data["classes"] if each["name"] == "guide got wrong"] == [[]]
+    assert {each["name"]: each["pairs"] for each in data["classes"] if each["pairs"]} == {"turned wrong": [1]}
     means = [signed(np.mean(np.float32(row[side]["reward"]))) for side in figures.SIDES]
     note = data["moved"]["charts"][0]["note"]
     assert re.findall(r"mean ([+−][\d.]+)", note) == means
@@ -246,8 +252,7 @@ def test_without_a_guide_the_policy_is_the_reward(tmp_path):
     assert "f" not in pair.chosen and pair.phi is None and pair.margin == pair.dpo_margin == 2.0
     data = report.gather(tmp_path)
     assert data["symbol"] == "β log π/π_ref" and [each["key"] for each in data["colours"]] == ["reward", "moved"]
-    names = [each["name"] for each in data["classes"]]
-    assert names == ["largest margin", "smallest margin", "policy got wrong"]
+    assert [(each["name"], each["pairs"]) for each in data["classes"]] == [("right", [1]), ("wrong", [])]
     assert not any(" f" in chart["title"] for chart in data["moved"]["charts"])
 
 
@@ -260,28 +265,74 @@ def test_simpo_has_no_reference(tmp_path):
         assert getattr(pair, side)["reward"] == pytest.approx(0.1 / len(policy) * np.array(policy), rel=1e-5)
     assert ("moved" in pair.chosen, pair.dpo_margin, pair.phi) == (False, None, None)
     data = report.gather(run)
-    assert data["symbol"] == "β/|y| log π" and data["classes"][2]["name"] == "policy got wrong"
+    assert data["symbol"] == "β/|y| log π" and "policy ranks them wrong" in data["classes"][1]["note"].lower().replace(
+        "the ", ""
+    )
     assert "of Σ|f|" not in data["moved"]["columns"] and {len(row) for row in data["moved"]["table"]} == {6}
     (loss,) = [chart for chart in data["curves"] if chart["title"] == "Loss"]
     assert "log 2" not in [series["name"] for series in loss["series"]]
 
 
-def test_the_pairs_helped_most_and_least_and_those_the_guide_got_wrong():
-    def pair(number, margin, plain, phi):
-        return report.Pair(number, "", "", {}, {}, margin, plain, phi)
+def test_pairs_by_what_the_guidance_turned():
+    def pair(number, margin, plain):
+        return report.Pair(number, "", "", {}, {}, margin, plain, 9.0)
 
     pairs = [
-        pair(1, 1, 3, 4),
-        pair(2, -2, 1, 5),
-        pair(3, 0, 2, 2),
-        pair(4, 5, 6, 5),
-        pair(5, 1, 1, 3),
-        pair(6, 1, 0, 3),
-    ]  # phi - plain: 1, 4, 0, -1, 2, 3
-    most, least, wrong = report.classes_of(pairs, True)
-    assert (most["pairs"], least["pairs"], wrong["pairs"]) == ([2, 6, 5], [4, 3, 1], [3, 2])
-    most, least, wrong = report.classes_of([p._replace(phi=None) for p in pairs], True)
-    assert (most["name"], most["pairs"][0], least["pairs"][0]) == ("largest margin", 4, 2)
+        pair(1, 1, 3),
+        pair(2, -2, 1),
+        pair(3, 0, 2),
+        pair(4, 5, -6),
+        pair(5, -1, -1),
+        pair(6, 0.1, 0),
+        pair(7, 4, 4),
+    ]
+    found = {each["name"]: each["pairs"] for each in answer.classes_of(pairs, True)}
+    assert found == {"turned right": [3, 2], "turned wrong": [4, 6], "both right": [7, 1], "both wrong": [5]}
+    begun = [p._replace(dpo_margin=None) for p in pairs]  # the policy is not there yet
+    found = {each["name"]: each["pairs"] for each in answer.classes_of(begun, True)}
+    assert found == {"right": [4, 7, 1, 6], "wrong": [2, 5, 3]}
+
+
+def told(out, **changes):
+    """The words of a run's page, one text each, run.json's table and more replaced."""
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(run | changes))
+    return [" ".join(each) for each in report.gather(out)["answer"]["words"]]
+
+
+def test_the_answer_says_recorded_figures_and_no_more_than_they_show(tmp_path):
+    run, model = make_run(tmp_path), {"logratio_chosen": -1.5, "logratio_rejected": -2.5}
+    guide = {"model": "guide", "accuracy": 0.5, "margin": 0.25} | model
+    policy = {"model": "policy", "accuracy": 0.625, "margin": 0.75} | model
+    words = told(run, table=[guide, policy], table_pairs=400)
+    assert words[0].startswith("In ranking pairs, yes. Of 400 training pairs, the policy (TGDPO) puts 62.5% ")
+    assert (
+        "the guide (DPO) 50.0%; chance alone moves either by some 5.0%" in words[0]
+        and "+0.75 against +0.25" in words[0]
+    )
+    assert "no." in told(run, table=[guide, policy | {"accuracy": 0.4}])[0][:25]
+    assert "neither way" in told(run, table=[guide, policy | {"accuracy": 0.54}])[0]
+    with open(run / "config.toml", "a") as file:
+        file.write('eval_data = ["held.jsonl"]\n')
+    words = told(
+        run, table=[guide | {"gold": 2.5, "wins": 0.75, "kl": 1.25}, policy | {"gold": 3, "wins": 0.8, "kl": 4}]
+    )
+    assert "400 held-out pairs" in words[0]
+    assert words[1].startswith("By the true reward, yes, at more KL.") and "guide +2.5 at KL 1.25" in words[1]
+    counts = [len(each["pairs"]) for each in report.gather(run)["classes"]]
+    assert all(counts) and sum(counts) == 24
+    assert f"turned {counts[0]} right" in words[2] and f"and {counts[1]} wrong" in words[2]
+    assert "chosen −1.5 and −1.5, rejected −2.5 and −2.5" in words[3] and "lose likelihood" in words[3]
+    last = [row for row in report.read_rows(run / "metrics.jsonl")[0] if row.get("eval")][-1]
+    assert words[4].startswith("φ, ") and signed(last["margin"]) in words[4] and f"{last['accuracy']:.1%}" in words[4]
+    pictures = []
+    for stages in (("dpo", "tgdpo"), ("dpo",), ("tgdpo",)):  # the second: still at it, the third: with --guide
+        rows = [row for row in report.read_rows(run / "metrics.jsonl")[0] if row["stage"] in stages]
+        pictures.append(answer.answer({}, {}, "tgdpo", figures.stages_of(rows, "tgdpo"), [])["picture"])
+    both = "Guide (DPO) and policy (TGDPO) on the same pairs"
+    assert pictures == [both, "The guide against steps", "The policy against steps"]
+    words = told(run, table=None)  # before it has ended: the last evaluations
+    assert signed(last["dpo_margin"]) in words[0] and len(words) == 4
 
 
 def test_what_carries_the_reward_by_hand(tmp_path):
@@ -343,38 +394,87 @@ def test_curves_by_stage(tmp_path):
     assert "Stage 2: TGDPO, step 60" in data["about"]
     titles = [stage["title"] for stage in figures.stages_of(report.read_rows(tmp_path / "metrics.jsonl")[0], "tgdpo")]
     assert titles == ["Stage 1: the guide, trained with DPO", "Stage 2: TGDPO"]
-    assert [chart["title"] for chart in data["curves"]] == [
-        "Accuracy: pairs with margin > 0",
-        "Reward margin",
-        "Log-ratio to the reference, summed",
-        "Loss",
-        "r̂ and f in the batch: mean, least and greatest",
-        "Gradient norm, learning rate",
-        "Tokens per second",
+    assert [chart["title"] for chart in data["answer"]["charts"]] == [
+        "Plain DPO accuracy",
+        "Plain DPO margin",
+        "log π/π_ref of the chosen response",
+        "log π/π_ref of the rejected response",
     ]
-    charts = {chart["title"]: {series["name"]: series for series in chart["series"]} for chart in data["curves"]}
-    loss, steps = charts["Loss"], data["curves"][3]["x"]
-    assert list(loss) == ["guide, training", "guide, held out", "policy, training", "policy, held out", "log 2"]
-    assert steps == list(range(1, 61)) and None not in loss["policy, training"]["y"]
-    held_out = loss["policy, held out"]["y"]
-    assert [step for step, y in zip(steps, held_out) if y is not None] == list(range(10, 61, 10))
-    assert loss["policy, training"]["y"][-1] == 0.125
-    assert list(charts["Reward margin"]) == [
-        "guide plain DPO, training",
-        "guide plain DPO, held out",
-        "policy plain DPO, training",
-        "policy plain DPO, held out",
-        "policy optimised, training",
-        "policy optimised, held out",
-    ]
-    assert all(series["dash"] == name.startswith("guide") for name, series in charts["Reward margin"].items())
-    assert list(charts["r̂ and f in the batch: mean, least and greatest"]) == [
-        "policy r̂",
-        "policy f",
-        "policy share of f ≤ 0",
-    ]
-    band = charts["r̂ and f in the batch: mean, least and greatest"]["policy f"]
+    for chart, last in zip(
+        data["answer"]["charts"][1:], ((0.9, 1.1), (-2, -3), (-11, -11))
+    ):  # guide and policy, one axis
+        assert [series["name"] for series in chart["series"]] == ["guide", "policy"]
+        ends = [series["y"][-1] for series in chart["series"]]
+        assert ends == pytest.approx([value * (1 - math.exp(-3)) for value in last], rel=1e-4)
+    charts = {chart["title"]: chart for chart in data["curves"]}
+    both = ["Plain DPO accuracy", "Plain DPO margin", "log π/π_ref of the chosen response"]
+    both += ["log π/π_ref of the rejected response", "Loss", "Gradient norm", "Learning rate", "Tokens per second"]
+    alone = ["Accuracy by φ, the optimised margin", "φ, the optimised margin", "r̂: mean, least and greatest"]
+    alone += ["f: mean, least and greatest", "Share of tokens with f ≤ 0"]
+    titles = [f"{title}: {role}" for title in both for role in ("guide", "policy")]
+    assert list(charts) == titles + [f"{title}: policy" for title in alone]
+    loss = {series["name"]: series for series in charts["Loss: policy"]["series"]}
+    assert list(loss) == ["training", "held out", "log 2"] and charts["Loss: policy"]["x"] == list(range(1, 61))
+    assert len({series["colour"] for series in loss.values()}) == 3 and "smooth" in loss["training"]
+    held_out = zip(charts["Loss: policy"]["x"], loss["held out"]["y"])
+    assert [step for step, y in held_out if y is not None] == list(range(10, 61, 10))
+    assert None not in loss["training"]["y"] and loss["training"]["y"][-1] == 0.125
+    for title in both:  # on the same scale, which holds both
+        ranges = [charts[f"{title}: {role}"]["range"] for role in ("guide", "policy")]
+        assert ranges[0] == ranges[1] and ranges[0][0] < ranges[0][1]
+    (band,) = charts["f: mean, least and greatest: policy"]["series"]
     assert all(low < mean < high for low, mean, high in zip(band["low"], band["y"], band["high"]))
+
+
+def test_few_evaluations_leave_training_in_the_picture():
+    rows = [{"step": step, "dpo_margin": step / 8} for step in range(1, 9)]
+    rows += [{"step": 8, "dpo_margin": 0.5, "eval": True}]
+    (chart,) = figures.together([("guide", rows)])
+    assert [(series["name"], series["y"][-1]) for series in chart["series"]] == [("guide, training", 1), ("guide", 0.5)]
+    simpo = [{"step": step, "margin": 1.0, "accuracy": 0.5} for step in (1, 2)]
+    assert [chart["title"] for chart in figures.together([("policy", simpo)])] == [
+        "Accuracy by φ, the optimised margin",
+        "φ, the optimised margin",
+    ]
+
+
+def test_several_runs_on_the_same_axes(tmp_path):
+    outs = [
+        make_run(tmp_path / name / "run", seed=seed, loss=loss)
+        for seed, (name, loss) in enumerate((("a", "tgdpo"), ("b", "dpo")))
+    ]
+    data = report.compared(outs)
+    margin = data["answer"]["charts"][1]
+    assert [series["name"] for series in margin["series"]] == list(map(str, outs))  # as both are called run
+    assert margin["series"][0]["y"][-1] > margin["series"][1]["y"][-1] and margin["x"] == list(range(10, 61, 10))
+    tables = {each["id"]: each for each in data["tables"]}
+    assert (
+        tables["evaluation"]["rows"][1] == [str(outs[0]), "policy", "0.8125"] and len(tables["evaluation"]["rows"]) == 4
+    )
+    assert tables["settings"]["rows"] == [["loss", "tgdpo", "dpo"]]
+    command = [sys.executable, ROOT / "report" / "report.py", *outs]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "compare.html\n", "")
+    assert on_the_page(tmp_path / "compare.html", pairs=False)["name"] == "2 runs compared"
+    assert (
+        report.main([*map(str, outs), "--to", str(tmp_path / "other.html")]) == 0 and (tmp_path / "other.html").exists()
+    )
+    assert report.main([str(outs[0]), str(tmp_path / "no")]) == 2
+
+
+def test_samples_of_a_run_that_goes_on(tmp_path):
+    rows = [{"step": 20, "prompt": "Why?", "answer": "b"}, {"step": 10, "prompt": "Why?", "answer": "a"}]
+    rows += [
+        {"step": 20, "prompt": "Why?", "answer": "c"},
+        {"step": 10, "prompt": "How?\u202e", "answer": "x"},
+        {"step": 1},
+        7,
+    ]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"st')
+    assert on_the_page(report.write(tmp_path))["growth"] == [
+        {"prompt": "Why?", "answers": [[10, "a"], [20, "c"]]},
+        {"prompt": "How?⟨U+202E⟩", "answers": [[10, "x"]]},
+    ]
 
 
 def test_a_long_curve_keeps_its_spikes():
@@ -733,7 +833,7 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_the_command(tmp_path):
     run = make_run(tmp_path / "run", pairs=2)
     command = [sys.executable, ROOT / "report" / "report.py"]
-    done = subprocess.run([*command, run, "--output", tmp_path / "page.html"], capture_output=True, text=True)
+    done = subprocess.run([*command, run, "--to", tmp_path / "page.html"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'page.html'}\n", "")
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert not (run / "report.html").exists()
@@ -845,22 +945,25 @@ def test_in_a_browser(browser, tmp_path):
     data = report.gather(run)
     browser.open(page)
     assert browser.run("return [...document.querySelectorAll('h2')].map(h => h.textContent)") == [
-        "Final evaluation",
-        "Curves",
+        "Did the guidance help, and where?",
         "Tokens",
+        "All curves",
         "What moved",
         "Samples",
         "The run",
     ]
-    charts = len(data["curves"]) + len(data["moved"]["charts"])
+    charts = len(data["answer"]["charts"]) + len(data["curves"]) + len(data["moved"]["charts"])
     wait_for(lambda: browser.run(COUNT, "figure .uplot canvas") == charts)
 
     # filters: by class, by text, by number
-    assert browser.run(NUMBERS) == list(range(1, 25))
-    wrong = data["classes"][2]["pairs"]
-    browser.click("button[data-key='guide got wrong']")
+    # it opens on a pair that the guidance turned right
+    helped, wrong = (data["classes"][i]["pairs"] for i in (0, 1))
+    assert browser.run(NUMBERS) == helped != []
+    assert f"Pair {helped[0]}:" in browser.run("return document.querySelector('.explorer summary').textContent")
+    browser.click("button[data-key='turned wrong']")
     assert 0 < len(wrong) < 24 and browser.run(NUMBERS) == wrong
     browser.click("button[data-key='all']")
+    assert browser.run(NUMBERS) == list(range(1, 25))
     for wanted, found in (("question 17:", [18]), ("#7", [7]), ("no such text", []), ("2", [2])):
         browser.run(
             """const find = document.getElementById('find');
@@ -909,21 +1012,26 @@ def test_in_a_browser(browser, tmp_path):
     # a curve, by keyboard
     browser.run("document.querySelector('.uplot[tabindex]').focus()")
     browser.press(RIGHT, RIGHT)
-    wait_for(lambda: browser.run("return document.querySelector('.u-legend .u-value').textContent") == "2")
+    wait_for(lambda: browser.run("return document.querySelector('.u-legend .u-value').textContent") == "20")
     legend = {
         name: value
         for name, value in browser.run("""
             const rows = document.querySelector('.u-legend').querySelectorAll('tr:not(.silent)');
             return [...rows].map(row => [...row.children].map(cell => cell.textContent))""")
     }
-    series = data["curves"][0]["series"]
-    for each in series:
-        if each["style"] == "line":
-            assert number(legend[each["name"]]) == pytest.approx(each["y"][1], rel=2e-3)
+    for each in data["answer"]["charts"][0]["series"]:
+        assert number(legend[each["name"]]) == pytest.approx(each["y"][1], rel=2e-3)
 
-    for mode in ("light", "dark"):
+    for mode in ("light", "dark"):  # a phone: nothing is wider than it, and a table's cells stand below each other
         browser.open(page, width=360, height=720, mode=mode)
         assert browser.run("return document.documentElement.scrollWidth") == 360
+        cut = "return [...document.querySelectorAll('.box')].filter(box => box.scrollWidth > box.clientWidth).length"
+        assert browser.run(COUNT, ".box.wide td") > 20 and browser.run(cut) == 0
+        below = """return [...document.querySelectorAll('.wide tbody tr')].every(row => [...row.children].every(
+                       (cell, i, all) => !i || cell.offsetTop > all[i - 1].offsetTop))"""
+        assert browser.run(below)
+        named = "return getComputedStyle(document.querySelector('.box.wide td:nth-child(3)'), '::before').content"
+        assert browser.run(named) == '"tokens"'
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(14, 18, 23)"
     assert browser.log() == []
 

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed is, bit for bit, the run that was never stopped; and what may not be resumed."""
 
+import builtins
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_world import TEMPLATE, make_checkpoint, make_pairs
 
 import train
-from runtime import checkpoint, outdir, process_group
+from runtime import checkpoint, options, outdir, process_group
 
 SETTINGS = [
     "--beta",
@@ -222,6 +223,19 @@ def test_a_finished_run_resumed_is_itself_and_uses_the_cache(world, tmp_path, ca
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(world / "whole"))
 
 
+def test_a_signal_at_the_very_end_lets_the_run_end_well(world, tmp_path, capfd, monkeypatch):
+    out, plain = tmp_path / "out", train.results.finish
+
+    def signalled(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(*given)
+
+    shutil.copytree(world / "whole", out)
+    monkeypatch.setattr(train.results, "finish", signalled)
+    assert train.main(arguments(world, out, "--resume")) == 0 and (out / "report.html").exists()
+    assert "SIGTERM: nothing left to stop: finishing the page" in capfd.readouterr().err
+
+
 def test_another_number_of_ranks_resumes_within_rounding(world, tmp_path):
     out = tmp_path / "out"
     stop = lambda count, step, *more: launcher.run(
@@ -354,6 +368,29 @@ def test_a_guide_that_is_not_what_stage_1_exported_is_refused(world, damage, wor
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
 
 
+def test_a_damaged_guide_is_exported_again_from_its_checkpoint(world, tmp_path, monkeypatch):
+    """As a power cut may leave it: without its files' content, other than written, or gone."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.checkpoint, "drop_stage", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(world, tmp_path / "out"))
+    monkeypatch.undo()
+    process_group.stop()
+    damages = {
+        "empty": lambda guide: (guide / "config.json").write_bytes(b""),
+        "flipped": lambda guide: flip(guide / "model.safetensors"),
+        "gone": shutil.rmtree,
+    }
+    for name, damage in damages.items():
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        damage(tmp_path / name / "guide")
+        assert train.main(arguments(world, tmp_path / name, "--resume")) == 0
+        assert_bit_equal(tmp_path / name, world / "whole")
+
+
 def flip(path):
     """Turns one bit in the middle of a file's numbers."""
     content = bytearray(path.read_bytes())
@@ -424,36 +461,40 @@ def test_a_strangers_folder_is_left_as_it_is(world, tmp_path, capfd, more):
 def test_a_config_written_by_hand_is_kept_beside(world, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(world / "whole", out)
-    for more in ("--resume", "--overwrite"):
-        (out / "config.toml").write_text(f"# {more}\n")
+    edited = (out / "config.toml").read_text().replace("beta = 0.3", "beta = 0.4  # as of Monday")
+    for more, text, kept in (("--resume", edited, ".before"), ("--overwrite", "# mine\n", ".before-2")):
+        (out / "config.toml").write_text(text)
         assert train.main(arguments(world, out, more)) == 0
-        assert (out / "config.toml.before").read_text() == f"# {more}\n"
+        assert (out / f"config.toml{kept}").read_text() == text
+    assert (out / "config.toml.before").read_text() == edited and options.is_as_saved(
+        (out / "config.toml").read_bytes()
+    )
     assert_bit_equal(out, world / "whole")
 
 
-@pytest.mark.parametrize("what", ["state.json", "checkpoints"])
-def test_what_cannot_be_read_is_not_taken_for_damaged(world, tmp_path, capfd, monkeypatch, what):
+def test_what_cannot_be_read_is_not_taken_for_damaged(world, tmp_path, capfd, monkeypatch):
     """EIO, EMFILE, EACCES: the run stops, and all checkpoints and metrics stay."""
     out = tmp_path / "out"
     assert run_and_stop(world, out, "tgdpo", 2) == 143
     before = {path: path.stat().st_size for path in (*(out / "checkpoints").rglob("*"), out / "metrics.jsonl")}
 
-    def fails(plain):
+    def fails(plain, what):
         def read(path, *more, **given):
-            if os.path.basename(path) == what:
+            if os.path.basename(str(path)).startswith(what) and str(path).startswith(str(out)):
                 raise OSError(errno.EIO, "Input/output error")
             return plain(path, *more, **given)
 
         return read
 
-    monkeypatch.setattr(Path, "read_bytes", fails(Path.read_bytes))
-    monkeypatch.setattr(os, "listdir", fails(os.listdir))
-    capfd.readouterr()
-    assert train.main(arguments(world, out, "--resume")) == 1
-    err = capfd.readouterr().err
-    assert "cannot be read: Input/output error; all is left as it is" in err and err.count("\n") == 1, err
-    monkeypatch.undo()
-    assert before == {path: path.stat().st_size for path in before}
+    for what in ("state.json", "checkpoints", "guide", "run.json", "metrics.jsonl", "ref-"):
+        for module, name in ((builtins, "open"), (os, "listdir"), (os, "stat"), (os, "lstat")):
+            monkeypatch.setattr(module, name, fails(getattr(module, name), what))
+        capfd.readouterr()
+        assert train.main(arguments(world, out, "--resume")) == 1
+        err = capfd.readouterr().err
+        assert "cannot be read: Input/output error; all is left as it is" in err and err.count("\n") == 1, err
+        monkeypatch.undo()
+        assert before == {path: path.stat().st_size for path in before}
     assert train.main(arguments(world, out, "--resume")) == 0
     assert_bit_equal(out, world / "whole")
 

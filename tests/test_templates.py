@@ -7,13 +7,17 @@ import pytest
 import tokenizers
 from tiny_tokenizers import (
     DATED,
+    GEMMA,
     LLAMA3,
     MISTRAL_V1,
     MISTRAL_V3,
     PLAIN,
+    QWEN3,
+    QWEN25,
     SIMPO_MISTRAL,
     llama3,
     mistral,
+    qwen,
     row,
     write_rows,
 )
@@ -31,6 +35,8 @@ KINDS = {
     "mistral v3": functools.partial(mistral, template=MISTRAL_V3, control=INST),
     "simpo mistral": functools.partial(mistral, template=SIMPO_MISTRAL),
     "plain": functools.partial(mistral, template=PLAIN),
+    "qwen2.5": functools.partial(qwen, template=QWEN25),
+    "gemma2": functools.partial(mistral, template=GEMMA, control=("<start_of_turn>", "<end_of_turn>")),
 }
 CONVERSATIONS = [
     [{"role": "user", "content": "hello there"}],
@@ -76,6 +82,16 @@ GOLDEN = {  # kind: what ends the prompt, and the scored pieces of the reply "he
     "mistral v3": (["[INST]", "▁", "▁h", "i", "[/INST]"], ["▁", "▁hello", "</s>"]),
     "simpo mistral": (["▁", "[", "/", "INST", "]"], ["▁hello", "</s>"]),  # no blank before </s>
     "plain": ([*"assistant", "<0x3A>"], ["▁hello", "</s>"]),  # it writes no end token: eos
+    "qwen2.5": (  # its own system message, as there is none in the row
+        ["<|im_start|>", *"systemĊYouĠareĠQwen.", "<|im_end|>", "Ċ", "<|im_start|>", *"userĊhi", "<|im_end|>", "Ċ"]
+        + ["<|im_start|>", *"assistantĊ"],
+        ["hello", "<|im_end|>"],
+    ),
+    "gemma2": (
+        ["<start_of_turn>", *"▁user", "<0x0A>", *"hi", "<end_of_turn>", "▁", "<0x0A>"]
+        + ["<start_of_turn>", *"▁model", "<0x0A>"],
+        [*"hello", "<end_of_turn>"],
+    ),
 }
 
 
@@ -89,6 +105,7 @@ def test_golden_pieces(kind, tmp_path):
     assert pair.source == f"{tmp_path / 'rows.jsonl'}:1"
 
 
+END = {"llama3": "<|eot_id|>", "qwen2.5": "<|im_end|>", "gemma2": "<end_of_turn>"}
 REPLIES = ["hello", "é😀\n\n x", "<b>hello</b> there", "a [/INST", "hello <|eot", "  \u2028x", "x\r\n\ty", "<0x0A>"]
 
 
@@ -97,16 +114,57 @@ def test_scored_tokens_are_the_reply_and_one_end_token(kind, tmp_path):
     tokenizer = load_tokenizer(KINDS[kind](tmp_path / "model"))
     path = write_rows(tmp_path / "rows.jsonl", *(row(chosen=reply) for reply in REPLIES))
     pairs, counts = data.load_pairs([path], tokenizer, 1000, 1000)
-    end = "<|eot_id|>" if "llama3" in kind else "</s>"
-    begin = tokenizer.backend.token_to_id(tokenizer.tokens["bos_token"])
+    end = END.get(kind.split()[0], "</s>")
+    begin = tokenizer.vocabulary.get(tokenizer.tokens.get("bos_token"))
     assert len(pairs) == len(REPLIES)
     for pair, reply in zip(pairs, REPLIES):
-        if kind in ("llama3", "llama3 dated", "simpo mistral"):
+        if kind in ("llama3", "llama3 dated", "simpo mistral", "gemma2"):
             reply = reply.strip()  # as the template does, also at inference
         written = tokenizer.decode([*pair.prompt, *pair.chosen])[len(tokenizer.decode(pair.prompt)) :]
         assert written.lstrip() == reply.lstrip() + end and reply + end in written
         assert tokenizer.is_control[pair.chosen].sum() == 1 and pieces(tokenizer, pair.chosen)[-1] == end
-        assert (pair.prompt == begin).sum() == (kind != "plain")
+        assert (pair.prompt == begin).sum() == (kind not in ("plain", "qwen2.5"))
+
+
+THINK = "<think> ĊĊ </think> ĊĊ".split()
+REASONED = ["<think>", "Ċ", "hello", "Ċ", "</think>", "ĊĊ", "t", "he", "r", "e"]
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, block, scored",
+    [
+        ("hello", "there", THINK, ["hello"]),  # what enable_thinking=False feeds, unscored
+        ("<think>\nhello\n</think>\n\nthere", "<think>\n\n</think>\n\nno", [], REASONED),
+        ("<think>hello</think> there", "<think>no", [], ["<think>", "hello", "</think>", "Ġthere"]),  # as it is
+    ],
+)
+def test_reasoning(chosen, rejected, block, scored, tmp_path):
+    """Qwen3's template: its empty <think> block stands in the prompt, a reply's own is scored."""
+    tokenizer, pair, _ = pair_of(qwen(tmp_path / "model", QWEN3), tmp_path, chosen, rejected)
+    header = ["<|im_start|>", *"assistantĊ", *block]
+    assert pieces(tokenizer, pair.prompt)[-len(header) :] == header
+    assert pieces(tokenizer, pair.chosen) == [*scored, "<|im_end|>"]
+    if block:
+        theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+        asked = [{"role": "user", "content": "Hi"}]
+        given = {"add_generation_prompt": True, "return_dict": False}
+        quiet = theirs.apply_chat_template(asked, enable_thinking=False, **given)
+        assert (
+            quiet == pair.prompt.tolist() != theirs.apply_chat_template(asked, **given) == tokenizer.prompt_ids(asked)
+        )
+
+
+def test_replies_with_and_without_reasoning_share_no_prompt(tmp_path):
+    with pytest.raises(BadInput, match=r"rows.jsonl:1: .* the other response begins with <think>.* mend the row"):
+        pair_of(qwen(tmp_path / "model", QWEN3), tmp_path, "<think>a</think>b", "there")
+
+
+def test_gemma_knows_no_system_message(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", row(), row(system="Be brief."))
+    said = r"rows.jsonl:2: refused by the chat template: System role not supported .*; put the system message into the "
+    with pytest.raises(BadInput, match=said + r"first user message; mend the row, or drop such rows with") as caught:
+        data.load_pairs([path], load_tokenizer(KINDS["gemma2"](tmp_path / "model")), 1000, 1000)
+    assert "\n" not in str(caught.value)
 
 
 def test_blanks_of_the_reply_are_scored_where_the_template_keeps_them(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import data
 import model
+import train
 from examples.tiny import language, make
 from files.tokenizer import load_tokenizer
 from runtime import options
@@ -57,6 +60,11 @@ def test_gold_reward_by_hand(text, reward):
 def test_gold_rewards_stand_on_the_last_token_of_each_word():
     pieces = ["The", " ", "h", "ost", " was", " not", " care", "less", ".", " Zz", "z", ""]
     assert language.gold_rewards(pieces) == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, -1, 0]
+
+
+def test_the_language_stands_alone():
+    text = (TINY / "language.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)) == {"itertools", "re"}
 
 
 def test_gold_reward_never_looks_ahead():
@@ -162,23 +170,129 @@ def test_recipe_is_what_a_run_without_arguments_takes():
         assert getattr(resolved, name) == value
 
 
+def replies_by_hand(directory, prompts, ends):
+    """Two replies to each prompt, drawn without a cache, and log pi of each, from all logits of one row at a time."""
+    net = model.load_model(str(directory))
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    drawn = rerun.generate(net, asked, 24, ends, 1.0, torch.Generator().manual_seed(0))
+    return net, list(zip(asked, drawn))
+
+
+def logp(net, prompt, reply):
+    with torch.no_grad():
+        rows = net(torch.tensor([prompt + reply]))[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return rows[range(len(reply)), reply].sum().item()
+
+
+def test_the_first_screen_says_what_will_happen_and_the_true_reward(tmp_path, capsys):
+    for name, count in (("train", 64), ("held_out", 5)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(f"{name}.jsonl")[:count])
+        )
+    given = [
+        "--data",
+        str(tmp_path / "train.jsonl"),
+        "--eval-data",
+        str(tmp_path / "held_out.jsonl"),
+        "--eval-every",
+        "1",
+    ]
+    given += ["--max-steps", "2", "--samples", "1", "--sample-tokens", "24"]
+    assert train.main([*given, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    first, second = "stage 1 of 2: training the guide with DPO, 2 steps\n", "training the policy with TGDPO, 2 steps\n"
+    assert told.startswith(first + "stage 2 of 2: " + second) and told.count(first) == told.count(second) == 2
+
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in metrics if row.get("eval")):  # as they come, with plain DPO's margin and accuracy
+        figures = f"margin {row['dpo_margin']:.4f}  accuracy {row['dpo_accuracy']:.1%}"
+        assert f"{row['stage']} {row['step']}/2 held out  loss {row['loss']:.4f}  {figures}" in told
+    assert told.index("dpo 1/2 held out") < told.index("dpo 2/2 ") < told.index("tgdpo 1/2 held out")
+
+    tokenizer = load_tokenizer(str(TINY / "model"))
+    prompts = [p.prompt.tolist() for p in data.load_pairs([str(tmp_path / "held_out.jsonl")], tokenizer, 256, 200)[0]]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["table_pairs"] == len(prompts) == 5
+    ref, firsts = replies_by_hand(TINY / "model", prompts, {make.END})
+    for row, directory in zip(run["table"], (TINY / "model", tmp_path / "out" / "guide", tmp_path / "out" / "policy")):
+        net, replies = replies_by_hand(directory, prompts, {make.END})
+        reward = lambda ids: language.gold_reward(tokenizer.decode([i for i in ids if i != make.END]))
+        gold, before = ([reward(ids) for _, ids in drawn] for drawn in (replies, firsts))
+        wins = [(a > b) + (a == b) / 2 for a, b in zip(gold, before)]
+        moved = [logp(net, *reply) - logp(ref, *reply) for reply in replies]
+        expected = {"gold": sum(gold) / 10, "wins": sum(wins) / 10, "kl": sum(moved) / 10}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4), row["model"]
+        assert f"  {row['model']:<10}" in told
+    assert "gold    wins      KL\n" in told and "Read gold, the true reward" in told
+
+    shutil.copytree(TINY / "model", tmp_path / "model")  # any other model has no true reward
+    more = ["--model", str(tmp_path / "model"), "--loss", "dpo", "--batch-size", "32", "--out", str(tmp_path / "other")]
+    assert train.main([*given, *more]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("training the policy with DPO, 2 steps\n") and "gold" not in told
+    assert all("gold" not in row for row in json.loads((tmp_path / "other" / "run.json").read_text())["table"])
+
+
+def test_help_and_readme_give_the_same_time():
+    readme = (TINY.parent.parent / "README.md").read_text(encoding="utf-8")
+    (time,) = re.findall(r"the bundled tiny example, (.*)", options.EXAMPLES)
+    assert f"The first takes {time}." in readme
+
+
 def test_study_in_its_quick_form(tmp_path, capsys):
     from examples.tiny import study
 
-    threads = torch.get_num_threads()
-    arguments = ["--quick", "--workers", "0", "--work", str(tmp_path / "work"), "--page", str(tmp_path / "STUDY.md")]
+    threads, work = torch.get_num_threads(), tmp_path / "work"
+    arguments = ["--quick", "--workers", "0", "--work", str(work), "--page", str(tmp_path / "STUDY.md")]
     assert study.main(arguments) == 0
-    told, lines = capsys.readouterr().out, (tmp_path / "work" / "study.jsonl").read_text().splitlines()
-    assert len(lines) == 15 and "15/15" in told
-    assert {json.loads(line)["method"] for line in lines} == set(study.METHODS)
-    (tmp_path / "work" / "study.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # stopped before the last
+    told, lines = capsys.readouterr().out, (work / "study.jsonl").read_text().splitlines()
+    arms = [name for some, _, _ in study.QUICK["order"] for name in some]
+    assert [json.loads(line)["arm"] for line in lines] == arms and f"{len(arms)}/{len(arms)}" in told
+    (work / "study.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # stopped before the last
     assert study.main(arguments) == 0
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
-    assert "15/15" in told and "14/15" not in told
-    again = json.loads((tmp_path / "work" / "study.jsonl").read_text().splitlines()[-1])
-    assert again == json.loads(lines[-1])
+    assert f"{len(arms)}/{len(arms)}" in told and f"{len(arms) - 1}/" not in told
+    again, before = json.loads((work / "study.jsonl").read_text().splitlines()[-1]), json.loads(lines[-1])
+    assert again["arm"] == before["arm"] and len(again["curve"]) == len(before["curve"]) == 1
+    for name in ("loss", "chosen", "rejected"):  # samples may differ by a token that rounding decides
+        assert again["curve"][0][name] == pytest.approx(before["curve"][0][name], abs=1e-4)
     page = (tmp_path / "STUDY.md").read_text()
-    assert all(f"| {method} |" in page for method in study.METHODS)
-    for name in ("methods", "guides", "frontier", "alpha"):
-        assert f"study/{name}.svg" in page and (tmp_path / "work" / f"{name}.svg").read_text().startswith("<svg")
+    assert all(f"| {name} |" in page for name in arms if " with " not in name and name != "ExPO")
+    assert "| ExPO, factor 1.5 |" in page and "| clip |" in page
+    assert "study/study.svg" in page and (work / "study.svg").read_text().startswith("<svg")
+
+
+def test_the_studys_arms_are_what_they_say(tmp_path):
+    """Labels turned round with their log-probs; the exact KL's gradient is D18's, against a loop over the states."""
+    from examples.tiny import study
+
+    pair = lambda *ids: data.Pair(*(torch.tensor(side).numpy() for side in ids), "")
+    pairs, ref = [pair([1], [2, 3], [4])], [torch.tensor([-1.0, -2.0, -3.0])]
+    turned, its_ref, guide = study.relabelled("reversed", 0, pairs, ref, None)
+    assert turned[0].chosen.tolist() == [4] and turned[0].rejected.tolist() == [2, 3] and guide is None
+    assert its_ref[0].tolist() == [-3, -1, -2]
+    many = study.relabelled("random", 0, pairs * 400)[0]
+    assert 150 < sum(len(p.chosen) == 1 for p in many) < 250
+    start, guide = (model.random_model(model.parse_config(make.CONFIG), seed=seed, std=0.2) for seed in (0, 1))
+    study.towards(start, guide, pairs, 4)
+    found = [p.grad.clone() for p in start.parameters()]
+    start.zero_grad()
+    total = 0.0
+    for ids, places in (([1, 2, 3], (0, 1)), ([1, 4], (0,))):
+        log_p, log_q = (net(torch.tensor([ids]))[0].log_softmax(-1) for net in (start, guide))
+        total = total + sum((log_p[t].exp() * (log_p[t] - log_q[t].detach())).sum() for t in places)
+    (4 * 0.1**2 * total / 2).backward()
+    for grad, parameter in zip(found, start.parameters()):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_studys_page_reads_its_numbers():
+    from examples.tiny import study_page
+
+    for df, tail, value in ((3, 0.025, 3.1824), (7, 0.025, 2.3646), (1, 0.025, 12.7062), (7, 0.005, 3.4995)):
+        assert study_page.student(df, tail) == pytest.approx(value, abs=1e-3)  # a book's table
+    assert study_page.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.3027 / 3**0.5), abs=1e-3)
+    points = [{"kl": 4.0, "gold": 2.0}, {"kl": 1.0, "gold": 1.0}, {"kl": 9.0, "gold": 1.5}]  # the last shows nothing
+    line = {"start": {"gold": 0.0}, "curve": points}
+    assert [study_page.at_kl(line, kl) for kl in (0.25, 1, 2.25, 4, 5)] == [0.5, 1, 1.5, 2, None]

@@ -1,5 +1,6 @@
 """Whole runs of train.py, in this process, against a plain loop with transformers' models and torch's AdamW."""
 
+import argparse
 import json
 import math
 import tomllib
@@ -51,9 +52,13 @@ def sequence(net, prompt, response):
     return [logits[t - 1].log_softmax(-1)[ids[t]] for t in range(len(prompt), len(ids))]
 
 
-def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=0.3):
-    """The method as paper.md tells it, pair by pair and token by token. Returns each step's loss, and the model."""
-    policy, ref = load(start), load(start)
+def plain_training(
+    start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=0.3, pair_loss=None, adapt=lambda policy: policy
+):
+    """The method as paper.md tells it, pair by pair and token by token. Returns each step's loss, and the model.
+    pair_loss(policy, ref, guide), (chosen, rejected) lists of log p each, takes the formula's place. adapt: what is
+    done to the model before it trains."""
+    policy, ref = adapt(load(start)), load(start)
     guide = guide and load(guide)
     optimiser = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     size, epochs = SETTINGS["batch-size"], SETTINGS["epochs"]
@@ -72,7 +77,7 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
             optimiser.param_groups[0]["lr"] = SETTINGS["lr"] * rate
             mean = 0.0
             for pair in (pairs[i] for i in batch):
-                phi = 0.0
+                phi, logps = 0.0, []
                 for sign, response in ((+1, pair.chosen), (-1, pair.rejected)):
                     logp = sequence(policy, pair.prompt, response)
                     if loss == "simpo":
@@ -81,13 +86,18 @@ def plain_training(start, pairs, loss, guide=None, alpha=0.5, gamma=1.375, beta=
                     with torch.no_grad():
                         logp_ref = sequence(ref, pair.prompt, response)
                         logp_guide = sequence(guide, pair.prompt, response) if guide else logp_ref
+                    logps.append((logp, logp_ref, logp_guide))
                     for t in range(len(response)):
                         r_hat = beta * (logp_guide[t] - logp_ref[t])
                         f = 1 + sign * alpha * r_hat if loss == "tgdpo" else 1.0
                         phi = phi + sign * beta * f * (logp[t] - logp_ref[t])
                 if loss == "simpo":
                     phi = phi - gamma
-                mean = mean + pair.weight * torch.log(1 + torch.exp(-phi)) / len(batch)
+                value = torch.log(1 + torch.exp(-phi))
+                if pair_loss:
+                    models = list(zip(*logps))
+                    value = pair_loss(*models[: 3 if guide else 2])
+                mean = mean + pair.weight * value / len(batch)
             optimiser.zero_grad()
             mean.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -108,8 +118,9 @@ def same(found, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_stages_are_the_papers(kind, tmp_path):
-    """A guide trained by stage 1, then the policy, for all four kinds of checkpoint."""
-    start, path = make_checkpoint(tmp_path / "start", kind), make_pairs(tmp_path / "pairs.jsonl", 10)
+    """A guide trained by stage 1, then the policy, for all kinds of checkpoint; at length for the first four."""
+    count, longest = (10, 30) if kind in list(KINDS)[:4] else (2, 8)
+    start, path = make_checkpoint(tmp_path / "start", kind), make_pairs(tmp_path / "pairs.jsonl", count, 0, longest)
     out = tmp_path / "out"
     assert run("--out", out, "--model", start, "--data", path, alpha=2) == 0
     pairs = tokens_of(start, path)
@@ -177,6 +188,90 @@ def test_bfloat16_starts_at_log_2(tmp_path):
         assert abs(metrics(tmp_path / "out", stage)[0]["loss"] - math.log(2)) < 1e-3
     assert load(tmp_path / "out/policy").config.dtype == torch.float32  # loaded as asked
     assert json.load(open(tmp_path / "out/policy/config.json"))["dtype"] == "bfloat16"
+
+
+def test_bfloat16_trains_and_reduces_in_float32(tmp_path, monkeypatch):
+    """Master weights, optimiser and the gradients' sums over ranks: steps far below bfloat16's resolution add up."""
+    start, path = make_checkpoint(tmp_path / "start"), make_pairs(tmp_path / "pairs.jsonl", 8)
+    shard, step, policies, seen = train.fully_shard, train.optimiser_step, [], []
+
+    def sharding(module, **settings):
+        policies.append(settings["mp_policy"])
+        return shard(module, **settings)
+
+    def stepping(run, net, optimiser, stage, batch):
+        before = [p.to_local().clone() for p in net.parameters()]
+        row = step(run, net, optimiser, stage, batch)
+        seen.append((before, [p.to_local().clone() for p in net.parameters()], optimiser))
+        return row
+
+    monkeypatch.setattr(train, "fully_shard", sharding)
+    monkeypatch.setattr(train, "optimiser_step", stepping)
+    given = ("--out", tmp_path / "out", "--model", start, "--data", path, "--loss", "dpo")
+    assert run(*given, dtype="bfloat16", lr=1e-5, epochs=1) == 0
+    assert policies and {(p.param_dtype, p.reduce_dtype) for p in policies} == {(torch.bfloat16, torch.float32)}
+    for before, after, optimiser in seen:
+        for a, b in zip(before, after):
+            assert a.dtype == b.dtype == torch.float32 and 0 < (a - b).abs().max() < 2e-5
+        state = optimiser.state_dict()["state"].values()
+        assert {s[name].dtype for s in state for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    weights = [b for b in seen[-1][1] if b.dim() > 1]  # of about 0.2, where bfloat16 steps by 1e-3
+    assert all((b != b.bfloat16().float()).double().mean() > 0.9 for b in weights)
+
+
+def test_a_ragged_batch_is_divided_by_its_own_pairs(tmp_path):
+    """Two pairs in a batch of four: the gradient, before any clipping, is that of their mean. AdamW would not tell."""
+    start, path = make_checkpoint(tmp_path / "start"), make_pairs(tmp_path / "pairs.jsonl", 2)
+    given = ("--out", tmp_path / "out", "--model", start, "--data", path, "--loss", "dpo")
+    assert run(*given, epochs=1, max_grad_norm=1e9) == 0
+    net, total = load(start), 0.0
+    for pair in tokens_of(start, path):  # at the start -log sigma(0.3 h) has the gradient -0.15 grad h
+        h = sum(sequence(net, pair.prompt, pair.chosen)) - sum(sequence(net, pair.prompt, pair.rejected))
+        total = total - 0.15 * h / 2
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(total, list(net.parameters()))]).norm()
+    (row,) = metrics(tmp_path / "out")
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_another_guide_is_read_anew_and_its_figures_are_logged(tmp_path, capfd):
+    """--overwrite keeps the cache: its key knows whose weights it holds. r_hat and f by side, alpha's bounds."""
+    start, path = make_checkpoint(tmp_path / "start"), make_pairs(tmp_path / "pairs.jsonl", 4)
+    guides = [make_checkpoint(tmp_path / f"guide{seed}", seed=seed) for seed in (1, 2)]
+    given = ("--out", tmp_path / "out", "--model", start, "--data", path, "--overwrite")
+    means = []
+    for guide in guides:
+        capfd.readouterr()
+        assert run(*given, "--guide", guide, alpha=0.4, guide_beta=0.15, epochs=1) == 0
+        ref, teacher, r_hat = load(start), load(guide), {1: [], -1: []}
+        with torch.no_grad():
+            for pair in tokens_of(start, path):
+                for sign, response in ((1, pair.chosen), (-1, pair.rejected)):
+                    logps = (torch.stack(sequence(net, pair.prompt, response)) for net in (teacher, ref))
+                    r_hat[sign] += (0.15 * torch.sub(*logps)).tolist()
+        f = np.array([1 + sign * 0.4 * r for sign, side in r_hat.items() for r in side])
+        (row,) = metrics(tmp_path / "out")
+        for name, values in (("r_hat", np.array(r_hat[1] + r_hat[-1])), ("f", f)):
+            found = [row[f"{name}_{figure}"] for figure in ("mean", "std", "min", "max")]
+            assert found == pytest.approx([values.mean(), values.std(), values.min(), values.max()], abs=1e-4)
+        slopes = sorted(-sign * r for sign, side in r_hat.items() for r in side)  # f = 1 - alpha slope
+        n = len(slopes)
+        bounds = [1 / slopes[math.ceil(round(share * n, 6)) - 1] for share in (1, 0.99, 0.95)]
+        printed = capfd.readouterr()
+        printed = printed.out + printed.err
+        assert "below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(*bounds) in printed
+        assert ("f is not positive on" in printed) == (f.min() <= 0)
+        means.append(row["r_hat_mean"])
+    assert abs(means[0] - means[1]) > 1e-3 and len(list((tmp_path / "out/cache").glob("guide-*"))) == 2
+
+
+def test_f_of_exactly_0_is_not_positive(capfd):
+    """In the advice on alpha, and in the metrics (test_losses)."""
+    pair = data.Pair(*(np.zeros(n, np.int32) for n in (1, 2, 1)), "")
+    options = argparse.Namespace(alpha=2.0, guide_beta=0.5)
+    ref, guide = [torch.zeros(3)], [torch.tensor([-1.0, 1.0, 0.5])]  # r_hat -0.5, 0.5; 0.25: f = 0, 2; 0.5
+    train.say_alpha(argparse.Namespace(options=options, rank=0), [pair], ref, guide)
+    printed = "".join(capfd.readouterr())
+    assert "all tokens below alpha 2," in printed and "f is not positive on 33.33% of the tokens" in printed
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 70, 150])

@@ -19,6 +19,25 @@ SIMPO_MISTRAL = """{{ bos_token }}{% for message in messages %}{% if message.rol
 {{- ' ' + message.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
 PLAIN = """{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+CHATML = "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+QWEN25 = """{% if messages[0].role != 'system' %}
+{{- '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}{% endif %}{% for message in messages %}
+{{- CHATML }}{% endfor %}{% if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}{% endif %}""".replace("{{- CHATML }}", CHATML.replace("{{", "{{-"))
+# Reasoning stands in a block of its own, an empty one where there is none; of earlier turns it is left out.
+QWEN3 = """{% for message in messages %}{% if message.role == 'assistant' %}
+{%- set parts = message.content.split('</think>') %}
+{%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}
+{{- '<|im_start|>assistant\n' }}{% if loop.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}
+{{- parts[-1].lstrip('\n') + '<|im_end|>\n' }}{% else %}
+{{- CHATML }}{% endif %}{% endfor %}{% if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}""".replace("{{- CHATML }}", CHATML.replace("{{", "{{-"))
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}{% endif %}{% for message in messages %}
+{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}
+{{- message.content | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}
+{{- '<start_of_turn>model\n' }}{% endif %}"""
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,22 +64,33 @@ def write(directory, backend, config):
     return directory
 
 
-def llama3(directory, template=LLAMA3, words=("hello", " hello", " there", "ĊĊ"), **config):
-    """Byte-level BPE whose control tokens follow the pieces, as Llama 3 has it."""
+LLAMA3_CONTROL = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+
+
+def llama3(
+    directory, template=LLAMA3, words=("hello", " hello", " there", "ĊĊ"), control=LLAMA3_CONTROL, added=(), **config
+):
+    """Byte-level BPE whose control tokens follow the pieces, as Llama 3 has it. added: tokens that control nothing."""
     vocabulary, merges = pieces_and_merges(sorted(pre_tokenizers.ByteLevel.alphabet()), words, "Ġ")
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    control = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
+    backend.add_tokens([AddedToken(piece, normalized=False) for piece in added])
     begin = backend.token_to_id(control[0])
     backend.post_processor = processors.TemplateProcessing(  # which add_special_tokens would apply
         single=f"{control[0]} $A", special_tokens=[(control[0], begin)]
     )
     named = {"bos_token": control[0], "eos_token": control[1], "chat_template": template}
     return write(directory, backend, named | config)
+
+
+def qwen(directory, template):
+    """Byte-level BPE as well; <|im_end|> ends a turn, and no text begins with a token of its own."""
+    control, added = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"], ["<think>", "</think>"]
+    return llama3(directory, template, control=control, added=added, bos_token=None)
 
 
 def mistral(directory, template=MISTRAL_V1, control=(), words=("▁hello", "▁there", "INST"), **config):

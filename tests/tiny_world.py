@@ -20,11 +20,23 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 500.0,
 }
+GEMMA2 = {  # with caps, a scale and a window that show in these sizes
+    "head_dim": 6,
+    "query_pre_attn_scalar": 3,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 2.0,
+    "sliding_window": 6,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,  # transformers would not train its embedding
+}
 KINDS = {
     "llama": ("Llama", {}, {}),
     "sharded llama3 rope": ("Llama", {"rope_parameters": LLAMA3}, {"max_shard_size": "30KB"}),
     "tied": ("Llama", {"tie_word_embeddings": True}, {}),
     "mistral window": ("Mistral", {"sliding_window": 6}, {}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, {}),
+    "qwen3": ("Qwen3", {"head_dim": 6, "tie_word_embeddings": True}, {}),
+    "gemma2": ("Gemma2", GEMMA2, {"max_shard_size": "30KB"}),
 }
 
 

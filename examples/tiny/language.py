@@ -6,8 +6,8 @@ good, some are bad, and the words before can strengthen, weaken or turn round wh
     "The soup was fresh, but the bread was not warm."       fresh +1, warm -1
     "We had a very bumpy ride. It was hardly awful."        bumpy -2, awful +2
 
-The gold reward is the example's own knowledge. The pairs are labelled with it, the tests and the study measure
-with it, and the training never sees it.
+The gold reward is the example's own knowledge. The pairs are labelled with it, the tests, the study and the table at
+the end of a run measure with it, and the training never sees it.
 """
 
 import itertools

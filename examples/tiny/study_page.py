@@ -1,293 +1,281 @@
-"""STUDY.md and its plots from the lines of study.jsonl: means over the seeds with 95 % confidence intervals."""
+"""STUDY.md and its plot from the lines of study.jsonl: means over the seeds, differences of the same seeds."""
 
 import math
 
 import numpy as np
 
-# Two-sided 95 % points of Student's t by degrees of freedom (any statistics book).
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-KLS = (1, 2, 4, 8, 16)  # nats per reply
-EQUAL_STEPS = (16, 32, 64, 128, 256)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777", "#000000", "#882255", "#117733")
-MAIN = ("DPO", "SimPO", "TGDPO", "TGDPO, gold guide", "TGDPO, shuffled guide")  # the rest are learned guides
-NEAR = (0.05, 0.5, 1, 2, 4, 8, 12, 16, 24, 32)  # nats: the points of the frontier's plot
+KLS = (0.5, 1, 2, 4, 8)  # nats per reply
+RIVAL = "DPO, two epochs"  # as many steps as a guide and a policy
+CONTRASTS = (  # (what, less what): read together, so their intervals are widened for their number
+    ("TGDPO, α 1", "DPO"),
+    ("TGDPO, α 4", "DPO"),
+    ("centred, α 1", "TGDPO, α 1"),
+    ("centred, α 4", "TGDPO, α 4"),
+    ("TGDPO, α 4, random labels", "DPO, random labels"),
+    ("centred, α 4, random labels", "DPO, random labels"),
+    ("TGDPO, α 4", "TGDPO, α 4, random labels"),
+    ("TGDPO, α 4", RIVAL),
+    ("centred, α 4", RIVAL),
+)
+PLOTTED = ("DPO", RIVAL, "TGDPO, α 1", "TGDPO, α 4", "centred, α 1", "centred, α 4")
+PLOTTED += ("DPO, random labels", "TGDPO, α 4, random labels", "centred, α 4, random labels", "ExPO")
+COLOURS = ("#000000", "#777777", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#000000", "#0072b2", "#d55e00", "#009e73")
 
 
-def interval(values):
-    """(mean, half width of its 95 % confidence interval) of one value a seed."""
+def student(df, tail):
+    """The x that Student's t with df degrees of freedom exceeds with this chance, by bisection on the integral."""
+    log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+
+    def beyond(x):  # by u = 1/t the tail has a finite range
+        u = (np.arange(4000) + 0.5) / 4000 / x
+        return float(np.exp(log_c - (df + 1) / 2 * np.log1p(1 / (df * u**2)) - 2 * np.log(u)).mean() / x)
+
+    low, high = 0.5, 1e4
+    while high - low > 1e-6 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if beyond(middle) > tail else (low, middle)
+    return low
+
+
+def interval(values, tests=1):
+    """(mean, half width of its 95 % interval, corrected for the number of tests by Bonferroni) of one value a seed."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), math.nan
-    return float(values.mean()), T95.get(len(values) - 1, 1.96) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    spread = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), student(len(values) - 1, 0.025 / tests) * spread
 
 
-def shown(values, digits=2):
+def shown(values, digits=2, tests=1, sign=""):
     """Mean and interval in words, a dash where there are no values."""
     if not len(values):
         return "–"
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
-
-def beside(rows, others, value):
-    """The rows' mean of value(row) and, in brackets, by how much it exceeds that of the others' row of the same seed:
-    mean difference and its interval. value: row -> number or None where the training has none; these are left out."""
-    own, theirs = ({row["seed"]: value(row) for row in group} for group in (rows, others))
-    found = [v for v in own.values() if v is not None]
-    if not found:
-        return "–"
-    if rows == others:
-        return shown(found)
-    pairs = [(v, theirs[seed]) for seed, v in own.items() if v is not None and theirs.get(seed) is not None]
-    mean, half = interval([a - b for a, b in pairs]) if pairs else (math.nan, math.nan)
-    return f"{np.mean(found):.2f}" + ("" if math.isnan(half) else f" ({mean:+.2f} ± {half:.2f})")
-
-
-def steps_to(line, gold):
-    """The step at which the training first has the gold reward, interpolated; None where it never has."""
-    before = {"step": 0, "gold": min(line["start"], gold)}
-    for point in line["curve"]:
-        if point["gold"] > gold:
-            share = (gold - before["gold"]) / (point["gold"] - before["gold"])
-            return before["step"] + share * (point["step"] - before["step"])
-        before = point
-    return None
-
-
-def best(line):
-    """The checkpoint with the highest gold reward: an oracle's choice, which no user could make."""
-    return max(line["curve"], key=lambda point: point["gold"])
+    mean, half = interval(values, tests)
+    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def at_kl(line, kl):
-    """The gold reward where the training passes the given KL for the first time, interpolated; None where it never
-    does. Training starts at the reference: KL 0."""
-    before = {"kl": 0.0, "gold": line["start"]}
-    for point in line["curve"]:
-        if point["kl"] >= kl:
-            share = (kl - before["kl"]) / (point["kl"] - before["kl"])
-            return before["gold"] + share * (point["gold"] - before["gold"])
-        before = point
+    """The gold reward that the training has to show for this KL: along its points of which none has more reward for
+    less KL, from the reference on, interpolated in the square root of KL; None beyond the last of them."""
+    before = (0.0, line["start"]["gold"])
+    for point in sorted((math.sqrt(point["kl"]), point["gold"]) for point in line["curve"]):
+        if point[1] > before[1]:
+            if point[0] ** 2 >= kl:
+                share = (math.sqrt(kl) - before[0]) / (point[0] - before[0])
+                return before[1] + share * (point[1] - before[1])
+            before = point
     return None
 
 
-def svg(path, title, xlabel, ylabel, series):
-    """A plot as a hand-written SVG. series: name -> (xs, ys, half widths or None)."""
-    width, height, left, right, top, bottom = 760, 420, 60, 230, 36, 48
-    points = [(x, y) for xs, ys, _ in series.values() for x, y in zip(xs, ys)]
-    x0, x1 = 0, max(x for x, _ in points)
-    y0, y1 = min(y for _, y in points), max(y for _, y in points)
-    y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
-    px = lambda x: left + (x - x0) / ((x1 - x0) or 1) * (width - left - right)
-    py = lambda y: height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+def end(key):
+    return lambda line: line["curve"][-1][key]
+
+
+def of_seeds(lines, value):
+    """{seed: value(line)} of the lines that have one."""
+    return {line["seed"]: v for line in lines if (v := value(line)) is not None}
+
+
+def differences(lines, others, value):
+    """value less that of the other's line of the same seed, a number a common seed."""
+    own, theirs = of_seeds(lines, value), of_seeds(others, value)
+    return [own[seed] - theirs[seed] for seed in own if seed in theirs]
+
+
+def plot(path, arms, start):
+    """Left gold reward against KL, means at the measured points; right its end by arm, a dot a seed."""
+    width, height, top, bottom, left, middle, right = 1100, 470, 40, 50, 60, 480, 730
+    shown_arms = [name for name in PLOTTED if arms.get(name)]
+    means = {
+        name: [[float(np.mean([p[key] for p in point])) for key in ("kl", "gold")]
+               for point in zip(*(line["curve"] for line in arms[name]))]
+        for name in shown_arms
+    }  # fmt: skip
+    golds = [g for points in means.values() for _, g in points] + [end("gold")(x) for n in shown_arms for x in arms[n]]
+    far = math.sqrt(max(kl for points in means.values() for kl, _ in points) + 0.1)
+    y0, y1 = min(*golds, start["gold"]) - 0.2, max(golds) + 0.2
+    px = lambda kl: left + math.sqrt(kl) / far * (middle - left)
+    qx = lambda gold: right + (gold - y0) / (y1 - y0) * (width - 40 - right)
+    py = lambda gold: height - bottom - (gold - y0) / (y1 - y0) * (height - top - bottom)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/><text x="{left}" y="20" font-size="14">{title}</text>',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="22" font-size="14">Gold reward against KL from the reference (dashed: labels by a coin)</text>',
+        f'<text x="{right - 190}" y="22" font-size="14">Gold reward at the end of one epoch, a dot a seed</text>',
+        f'<text x="{(left + middle) / 2}" y="{height - 8}" text-anchor="middle">KL per reply, nats (square-root scale)</text>',
     ]
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        out.append(
-            f'<text x="{px(x):.1f}" y="{height - 28}" text-anchor="middle">{x:.4g}</text>'
-            f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-            f'<path d="M{left} {py(y):.1f}H{width - right}" stroke="#ddd"/>'
-        )
-    out.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{xlabel}</text>'
-        f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">{ylabel}</text>'
-    )
-    for number, (name, (xs, ys, halves)) in enumerate(series.items()):
-        colour, y = COLOURS[number % len(COLOURS)], top + 16 * number
-        if halves is not None and not any(map(math.isnan, halves)):
-            edge = [f"{px(x):.1f} {py(min(v + h, y1)):.1f}" for x, v, h in zip(xs, ys, halves)]
-            edge += [f"{px(x):.1f} {py(max(v - h, y0)):.1f}" for x, v, h in reversed(list(zip(xs, ys, halves)))]
-            out.append(f'<path d="M{" L".join(edge)}Z" fill="{colour}" opacity="0.13"/>')
-        line = " L".join(f"{px(x):.1f} {py(v):.1f}" for x, v in zip(xs, ys))
-        out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        out += [f'<circle cx="{px(x):.1f}" cy="{py(v):.1f}" r="2.5" fill="{colour}"/>' for x, v in zip(xs, ys)]
-        out.append(
-            f'<rect x="{width - right + 16}" y="{y}" width="12" height="4" fill="{colour}"/>'
-            f'<text x="{width - right + 34}" y="{y + 8}">{name}</text>'
-        )
-    path.write_text("\n".join(out) + "\n</svg>\n")
+    for kl in (0, 0.5, 1, 2, 4, 8, 16, 32):
+        if math.sqrt(kl) <= far:
+            out.append(f'<text x="{px(kl):.0f}" y="{height - 30}" text-anchor="middle">{kl:g}</text>')
+    for gold in range(math.ceil(y0), math.floor(y1) + 1):
+        out.append(f'<path d="M{left} {py(gold):.1f}H{middle}" stroke="#ddd"/>')
+        out.append(f'<text x="{left - 6}" y="{py(gold) + 4:.1f}" text-anchor="end">{gold}</text>')
+        out.append(f'<path d="M{qx(gold):.1f} {top}V{height - bottom}" stroke="#ddd"/>')
+        out.append(f'<text x="{qx(gold):.1f}" y="{height - 30}" text-anchor="middle">{gold}</text>')
+    for number, name in enumerate(shown_arms):
+        colour = COLOURS[PLOTTED.index(name)]
+        dash = ' stroke-dasharray="5 4"' if "random" in name else ""
+        points = means[name] if name == "ExPO" else [[0.0, start["gold"]], *means[name]]
+        line = " L".join(f"{px(kl):.1f} {py(gold):.1f}" for kl, gold in points)
+        out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        out += [f'<circle cx="{px(k):.1f}" cy="{py(g):.1f}" r="2.5" fill="{colour}"/>' for k, g in points]
+        y = top + 18 + number * (height - top - bottom - 20) / len(shown_arms)
+        out.append(f'<path d="M{right - 225} {y:.0f}h22" stroke="{colour}" stroke-width="3"{dash}/>')
+        out.append(f'<text x="{right - 196}" y="{y + 4:.0f}">{name}</text>')
+        if name != "ExPO":
+            ends = [end("gold")(x) for x in arms[name]]
+            out += [f'<circle cx="{qx(g):.1f}" cy="{y:.0f}" r="3" fill="{colour}" opacity="0.5"/>' for g in ends]
+            out.append(f'<path d="M{qx(np.mean(ends)):.1f} {y - 8:.0f}v16" stroke="{colour}" stroke-width="3"/>')
+    path.write_text("\n".join(out) + "\n</svg>\n", encoding="utf-8")
 
 
-def curve(lines, x, y):
-    """Means over the seeds at each measured point: (xs, ys, half widths)."""
-    points = list(zip(*(line["curve"] for line in lines)))
-    ys = [interval([p[y] for p in point]) for point in points]
-    return ([float(np.mean([p[x] for p in point])) for point in points], [m for m, _ in ys], [h for _, h in ys])
+def write(page, work, lines, start):
+    """Write the page and the plot from what is there. start: the object of start.json."""
+    failed = [line for line in lines if "failed" in line]
+    arms = {}
+    for line in lines:
+        if "failed" not in line:
+            arms.setdefault(line["arm"], []).append(line | {"start": start["start"]})
+    dpo, text = arms["DPO"], []
+    for line in arms.get("ExPO", []):  # each factor is a row; the way begins at the guide, which is DPO of that seed
+        for point in line["curve"]:
+            arms.setdefault(f"ExPO, factor {point['step']:g}", []).append(line | {"curve": [point]})
+        line["curve"] = [guide["curve"][-1] for guide in dpo if guide["seed"] == line["seed"]] + line["curve"]
+    whole = {name: found for name, found in arms.items() if " with " not in name}
+    seeds = lambda found: str(len({line["seed"] for line in found}))
 
+    def table(title, words, head, rows):
+        if rows := list(rows):
+            text.append(f"\n## {title}\n\n{words}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+            text.extend(f"| {' | '.join(row)} |" for row in rows)
 
-def write(page, work, lines, plan):
-    """Write the page and the plots from what is there. plan: the object of start.json."""
-    lines = [line | {"start": plan["gold"]} for line in lines if "failed" not in line]
-
-    def of(method, pairs=plan["pairs"], alpha=1.0):
-        return [line for line in lines if (line["method"], line["pairs"], line["alpha"]) == (method, pairs, alpha)]
-
-    def table(head, rows):
-        text.append(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-        text.extend(f"| {' | '.join(row)} |" for row in rows)
-
-    def end(key):
-        return lambda row: row["curve"][-1][key]
-
-    def plot(name, title, xlabel, series):
-        svg(work / f"{name}.svg", title, xlabel, "gold reward", series)
-        text.append(f"\n![{title}](study/{name}.svg)")
-
-    steps, epochs = plan["points"][-1], plan["points"][-1] * plan["batch"] / plan["pairs"]
-    methods = {m: of(m) for m in sorted({line["method"] for line in lines}, key=lambda m: (m not in MAIN, m)) if of(m)}
-    dpo, sizes = methods["DPO"], sorted({plan["pairs"], *plan["sizes"]})
-    alphas = {a: of("TGDPO", alpha=a) for a in plan["alphas"] if of("TGDPO", alpha=a)}
     claims = page.parent / "CLAIMS.md"
-    text = [
-        f"""# The paper's claims on the tiny example
+    text.append(
+        f"""# What TGDPO adds to DPO, on the tiny example
 
-`python -m examples.tiny.study` made this page: {len(lines)} trainings over {plan["seeds"]} seeds, each of which draws its
-own pairs and their order. {steps} steps of {plan["batch"]} pairs are {epochs:.0f} epochs over {plan["pairs"]} pairs, far past the point where
-a run would stop; AdamW at {plan["lr"]}, constant after a short warm-up. β {plan["beta"]} (SimPO {plan["simpo"]["beta"]}, γ {plan["simpo"]["gamma"]}), α 1
-unless said. The guide is DPO after {plan["guide_steps"]} steps on the same pairs. All other guides' r̂ (SimPO's, of another β, of half
-the pairs, gold, shuffled over the tokens, cross-fitted: each half of the pairs judged by a guide from the other) are
-scaled to the spread of that guide's, so that only their direction differs.
+`python -m examples.tiny.study` made this page; run again, it goes on where it was. {len(lines)} trainings, {len(dpo)} seeds of
+the main arms; each table says how many seeds it has. Each seed has {start["pairs"]:,} fresh pairs of its own, sampled from the
+reference. Guide and policy train one epoch each, AdamW at {start["lr"]}, cosine, 10 % warm-up, {start["batch"]} pairs a step, β {start["beta"]}, unless
+the arm says otherwise. The guide is DPO on the seed's pairs with true labels, in every arm. *Random labels*: those of
+stage 2 by a coin. *Centred*: `--centre-guidance`. *One f*: 1 + α r̂ on both sides. *DPO + KL to the guide*: D18's
+right-hand side itself. *ExPO*: weights extrapolated from the reference through the guide; no second training.
 
-Measured on {2 * plan["prompts"]} samples for held-out prompts: the gold reward, which no method sees (the reference has
-{plan["gold"]:.2f}); the share of samples that beat the reference's for the same prompt; the KL divergence from the
-reference per reply, in nats. ± is a 95 % confidence interval over seeds; in brackets the difference to DPO with
-the same seed. *Best* is the measured point with the highest gold reward, an oracle's choice. The responses of a
-held-out pair have {plan["shared"]:.0%} of their tokens in common, in the same order.
+Measured on {2 * start["prompts"]} samples at temperature 1 for held-out prompts, at the end; on half of them on the way. Gold reward:
+the reference has {start["start"]["gold"]:.2f}, with {start["start"]["length"]:.1f} tokens a reply. KL from the reference per reply, in nats. *First {start["first"]}*: the gold
+reward of a reply's first {start["first"]} tokens, which its length cannot change. *Cut*: replies without an end after {start["longest"]} tokens.
+*Chosen*, *rejected*: log π/π_ref summed over a held-out response. ± is a 95 % interval over seeds (Student's t).
 """
-    ]
+    )
     if claims.exists() and page.parent == work.parent:
-        text.append(claims.read_text().strip() + "\n")
-    text.append(f"## Each method, {plan['pairs']} pairs")
+        text.append(claims.read_text(encoding="utf-8").strip() + "\n")
+    plot(work / "study.svg", arms, start["start"])
+    text.append("![Gold reward against KL, and at the end](study/study.svg)")
     table(
-        ("method", "gold, best", "KL there", "gold, end", "win rate, end", "KL, end", "loss, end"),
-        [
-            (
-                m,
-                beside(rows, dpo, lambda row: best(row)["gold"]),
-                shown([best(r)["kl"] for r in rows], 0),
-                beside(rows, dpo, end("gold")),
-                shown([100 * end("win")(r) for r in rows], 0) + " %",
-                shown([end("kl")(r) for r in rows], 0),
-                shown([end("loss")(r) for r in rows], 3),
-            )
-            for m, rows in methods.items()
-        ],
-    )
-    learned = [m for m in methods if m not in MAIN]
-    for name, title, some in (
-        ("methods", "Gold reward of samples over training", MAIN),
-        ("guides", "The same with other learned guides", ("DPO", "TGDPO", *learned)),
-    ):
-        plot(name, title, "step", {m: curve(methods[m], "step", "gold") for m in some if m in methods})
-    frontier = {
-        m: [(kl, np.mean(found)) for kl in NEAR if (found := [v for row in rows if (v := at_kl(row, kl)) is not None])]
-        for m, rows in methods.items()
-    }
-    plot(
-        "frontier",
-        "Gold reward against KL from the reference",
-        "KL per reply, nats",
-        {m: ([kl for kl, _ in points], [gold for _, gold in points], None) for m, points in frontier.items() if points},
-    )
-
-    text.append("\n## Gold reward at equal steps")
-    places = [k for k, step in enumerate(plan["points"]) if step in EQUAL_STEPS] or range(len(plan["points"]))
-    table(
-        ("method", *(f"step {plan['points'][k]}" for k in places)),
-        [(m, *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places)) for m, rows in methods.items()],
-    )
-    text.append("\n## Gold reward at equal KL\n\nWhere a training first passes the KL, interpolated.")
-    table(
-        ("method", *(f"KL {kl}" for kl in KLS)),
-        [(m, *(beside(rows, dpo, lambda row: at_kl(row, kl)) for kl in KLS)) for m, rows in methods.items()],
-    )
-    text.append(
-        "\n## Against the shuffled guide\n\nThe same, in brackets the difference to the DPO guide's r̂ dealt to "
-        "the tokens at random: what the direction of r̂ is worth."
-    )
-    random = methods["TGDPO, shuffled guide"]
-    table(
-        ("method", *(f"step {plan['points'][k]}" for k in places[:2]), *(f"KL {kl}" for kl in KLS)),
-        [
-            (
-                m,
-                *(beside(rows, random, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
-                *(beside(rows, random, lambda row: at_kl(row, kl)) for kl in KLS),
-            )
-            for m, rows in methods.items()
-            if m.startswith("TGDPO")
-        ],
-    )
-
-    half = np.mean([best(row)["gold"] for row in dpo]) / 2
-    text.append(
-        f"\n## α and the speed\n\nDPO needs {shown([s for r in dpo if (s := steps_to(r, half))], 0)} steps to half of "
-        f"its best gold reward, {half:.2f}."
-    )
-    table(
+        "The end of the training",
+        "In the fourth column the difference to DPO of the same seed.",
+        ("arm", "seeds", "gold", "less DPO's", "KL", "tokens", "cut", f"first {start['first']}", "chosen", "rejected"),
         (
-            "α",
-            "steps to that",
-            *(f"gold, step {plan['points'][k]}" for k in places[:2]),
-            "gold, best",
-            "gold, end",
-            "KL, end",
-            "tokens with f ≤ 0",
-            "at most",
+            (
+                name,
+                seeds(found),
+                shown(list(of_seeds(found, end("gold")).values())),
+                "" if found is dpo else shown(differences(found, dpo, end("gold")), sign="+"),
+                *(f"{np.mean([end(key)(x) for x in found]):.1f}" for key in ("kl", "length")),
+                f"{100 * np.mean([end('cut')(x) for x in found]):.1f} %",
+                f"{np.mean([end('gold_first')(x) for x in found]):.2f}",
+                *(f"{np.mean([end(key)(x) for x in found]):.1f}" for key in ("chosen", "rejected")),
+            )
+            for name, found in whole.items()
+            if name != "ExPO"
         ),
-        [
-            (
-                f"{a}",
-                shown([s for r in rows if (s := steps_to(r, half))], 0),
-                *(beside(rows, dpo, lambda row: row["curve"][k]["gold"]) for k in places[:2]),
-                beside(rows, dpo, lambda row: best(row)["gold"]),
-                beside(rows, dpo, end("gold")),
-                shown([end("kl")(r) for r in rows], 0),
-                shown([100 * r["f_nonpositive"] for r in rows]) + " %",
-                f"{max(100 * r['f_nonpositive'] for r in rows):.2f} %",
+    )
+    read = [(a, b) for a, b in CONTRASTS if differences(arms.get(a, []), arms.get(b, []), end("gold"))]
+    table(
+        "What is compared with what",
+        f"Differences of the same seed; intervals widened for {len(CONTRASTS)} of them (Bonferroni). In brackets in how many "
+        "seeds the difference is above 0.",
+        ("arm", "less", "gold", f"first {start['first']} tokens", "KL", "chosen"),
+        (
+            (a, b)
+            + tuple(
+                f"{shown(found, tests=len(CONTRASTS), sign='+')} ({sum(x > 0 for x in found)} of {len(found)})"
+                for key in ("gold", "gold_first", "kl", "chosen")
+                for found in [differences(arms[a], arms[b], end(key))]
             )
-            for a, rows in alphas.items()
-        ],
+            for a, b in read
+        ),
     )
-    plot(
-        "alpha",
-        "TGDPO: gold reward over training by α",
-        "step",
-        {"DPO": curve(dpo, "step", "gold")} | {f"α {a}": curve(rows, "step", "gold") for a, rows in alphas.items()},
+    table(
+        "Gold reward at equal KL",
+        "Along a training's points of which none has more reward for less KL, interpolated: KL jumps up and down while the "
+        f"rate is high. In brackets the difference to *{RIVAL}* of the same seeds, and how many there are. A dash: none gets "
+        "more for so much.",
+        ("arm", *(f"KL {kl:g}" for kl in KLS)),
+        (
+            (name, *(equal(found, arms.get(RIVAL, []), kl) for kl in KLS))
+            for name, found in whole.items()
+            if "factor" not in name
+        ),
     )
+    table(
+        "On the way",
+        "Gold reward / KL at each measured step, means. A curve that turns back stands in these rows.",
+        ("arm", *(f"{share:.0%} of the steps" for share in start["points"])),
+        (
+            (name, *(" / ".join(f"{np.mean([p[k] for p in point]):.2f}" for k in ("gold", "kl")) for point in points))
+            for name, found in whole.items()
+            if "ExPO" not in name
+            for points in [list(zip(*(line["curve"] for line in found)))]
+            if len(points) == len(start["points"])
+        ),
+    )
+    table(
+        "How good and how strong the guides are",
+        "r̂ against the advantage of tokens that the reference sampled, by rollouts, Pearson's correlation with the rollouts' "
+        f"noise taken out, over {start['states']:,} tokens. The gold guide's correlation is that of the trained one.",
+        ("arm", "seeds", "correlation", "std of α r̂", "f ≤ 0, end", "gold", "KL"),
+        (
+            (
+                name,
+                seeds(found),
+                shown([x["correlation"] for x in found]),
+                shown([x["spread"] for x in found], 3),
+                f"{100 * np.mean([end('f_nonpositive')(x) for x in found]):.2f} %",
+                shown([end("gold")(x) for x in found]),
+                f"{np.mean([end('kl')(x) for x in found]):.1f}",
+            )
+            for name, found in whole.items()
+            if all("correlation" in x for x in found) and not ("label" in name or "one f" in name)
+        ),
+    )
+    names = dict.fromkeys(name.split(" with ")[1] for name in arms if " with " in name)
+    both = lambda part: [
+        arms.get(f"{base} with {part}", []) if part else arms.get(base, []) for base in ("DPO", "TGDPO, α 1")
+    ]
+    cells = lambda found: (
+        (*(f"{np.mean([end(k)(x) for x in found]):.2f}" for k in ("gold", "kl")), equal(found, [], 1))
+        if found
+        else ("–",) * 3
+    )
+    table(
+        "Parts of neighbouring losses, without and with the guide",
+        "`--loss dpo --with PART` and `--loss tgdpo --alpha 1 --with PART`, each part with its default number, β "
+        f"{start['beta']} and the same rate for all. Gold reward and KL at the end, gold reward at KL 1.",
+        ("part", "seeds", "DPO: gold", "KL", "at KL 1", "TGDPO, α 1: gold", "KL", "at KL 1"),
+        ((part or "none", seeds(both(part)[1] or both(part)[0]), *cells(both(part)[0]), *cells(both(part)[1]))
+         for part in ([None, *names] if names else [])),
+    )  # fmt: skip
+    if failed:
+        text.append("\n## Failed\n")
+        text.extend(f"- {line['arm']}, seed {line['seed']}: {line['failed']}" for line in failed)
+    page.write_text("\n".join(text) + "\n", encoding="utf-8")
 
-    text.append(
-        f"\n## How many pairs\n\nAll sizes train for {steps} steps, so the fewer pairs the more epochs: "
-        + ", ".join(f"{size} pairs {steps * plan['batch'] / size:.0f}" for size in sizes)
-        + "."
-    )
-    table(
-        ("pairs", "method", "gold, best", "gold, end", "KL, end", *(f"at KL {kl}" for kl in (4, 16))),
-        [
-            (
-                f"{size}",
-                m,
-                beside(rows, of("DPO", size), lambda row: best(row)["gold"]),
-                beside(rows, of("DPO", size), end("gold")),
-                shown([end("kl")(r) for r in rows], 0),
-                *(beside(rows, of("DPO", size), lambda row: at_kl(row, kl)) for kl in (4, 16)),
-            )
-            for size in sizes
-            for m in ("DPO", "SimPO", "TGDPO")
-            if (rows := of(m, size))
-        ],
-    )
-    text.append("\n## How well r̂ finds the gold reward\n\nPearson's correlation per token over the held-out pairs.")
-    table(
-        ("guide", "pairs", "correlation"),
-        [
-            (m, f"{size}", shown(found, 3))
-            for m in methods
-            for size in sizes
-            if (found := [r["correlation"] for r in of(m, size) if "correlation" in r])
-        ],
-    )
-    page.write_text("\n".join(text) + "\n")
+
+def equal(found, others, kl):
+    """A cell of the table at equal KL."""
+    value = lambda line: at_kl(line, kl)
+    own, apart = of_seeds(found, value), differences(found, others, value)
+    if not own:
+        return "–"
+    mean = f"{np.mean(list(own.values())):.2f}"
+    return mean + (f" ({np.mean(apart):+.2f}, {len(apart)})" if apart and found is not others else "")
