@@ -41,6 +41,7 @@ QWEN_7B = {
 MISTRAL_7B = LLAMA_8B | {"architectures": ["MistralForCausalLM"], "sliding_window": None, "vocab_size": 32000}
 KNOWN = {  # recipe: model, its configuration, billions of parameters, data
     "llama-3-8b-instruct": ("Meta-Llama-3-8B-Instruct", LLAMA_8B, 8.030, AUTHORS.format("llama3-8b-instruct", "")),
+    "llama-3-8b-lora": ("Meta-Llama-3-8B-Instruct", LLAMA_8B, 8.030, AUTHORS.format("llama3-8b-instruct", "")),
     "llama-3-8b-instruct-armorm": (
         "Meta-Llama-3-8B-Instruct",
         LLAMA_8B,
@@ -90,9 +91,10 @@ def test_a_recipe_is_the_papers_and_fits(name):
     assert f"--config recipes/{name}.toml" in text and "Ours" in text
     found = options.resolve(["--config", str(RECIPES / f"{name}.toml")])
     assert found.model.split("/")[1] == known and found.data == (data,)
-    assert {option: getattr(found, option) for option in PAPER} == PAPER
+    numbers, ranks = (PAPER | {"lr": 7e-6}, 1) if found.lora_rank else (PAPER, 8)
+    assert {option: getattr(found, option) for option in PAPER} == numbers
     config, longest = model.parse_config(raw), 2 * 2048
     with torch.device("meta"):
         assert round(sum(p.numel() for p in model.CausalLM(config).parameters()) / 1e9, 3) == billions
-    plan = memory.make(config, found, 8, "cuda", 2, longest, 80 * 10**9)
+    plan = memory.make(config, found, ranks, "cuda", 2, longest, 80 * 10**9)
     assert plan.micro_tokens >= longest and sum(plan.parts.values()) <= memory.SHARE * plan.room
