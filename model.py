@@ -213,7 +213,8 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 @torch.compiler.disable
 def _capped_attention(q, k, v, window, scale, cap, positions):
     """attention with capped scores, which no kernel of torch computes: an explicit product for some queries at a time,
-    computed again in the backward pass, so that no more than SCORES scores are in memory."""
+    computed again in the backward pass, so that no more than SCORES scores are in memory. Kept, those of 2 × 2048
+    tokens would be 10 GB in Gemma 2 2B."""
     (B, H, n, _), m, out = q.shape, k.shape[2], []
     explicit = functools.partial(checkpoint, _explicit_attention, use_reentrant=False, preserve_rng_state=False)
     for c in _equal_slices(n, max(1, SCORES // (B * H * m))):

@@ -73,6 +73,7 @@ def _claim(options):
         while not os.path.isdir(new[-1]):
             new.append(os.path.dirname(new[-1]))
         os.makedirs(out, exist_ok=True)
+        os.listdir(out)  # may it be read at all
         for above in new:  # where a name is that may be new
             with contextlib.suppress(OSError):  # not readable
                 fsync(above)

@@ -100,19 +100,24 @@ def is_over(out, identity):
     return True
 
 
+def tell_checkpoints(out):
+    """Say what a finished run's checkpoints are still good for."""
+    checkpoints = os.path.join(out, "checkpoints")
+    size = sum(file.stat().st_size for file in pathlib.Path(checkpoints).rglob("*") if file.is_file())
+    say(
+        f"\n{checkpoints}: {size / 1e9:.3f} GB that the models do not need; --resume makes the answers and the page "
+        "anew from it (other --samples, --report-pairs); remove it, or give --keep 0"
+    )
+
+
 def end(out, options):
-    """The run has ended well. With --keep 0 a mark takes the place of its checkpoints, else they are told of."""
+    """The run has ended well. With --keep 0 a mark takes the place of its checkpoints."""
     checkpoints = os.path.join(out, "checkpoints")
     if not options.keep:
         write(os.path.join(checkpoints, "finished"), "The run has ended well; --keep 0 left no checkpoint.\n")
         for name in os.listdir(checkpoints):
             if name != "finished":
                 remove(os.path.join(checkpoints, name))
-    elif size := sum(file.stat().st_size for file in pathlib.Path(checkpoints).rglob("*") if file.is_file()):
-        say(
-            f"{checkpoints}: {size / 1e9:.3f} GB that the models do not need; --resume makes the answers and the page "
-            "anew from it (other --samples, --report-pairs); remove it, or give --keep 0"
-        )
 
 
 def has_guide(out, check):
@@ -201,6 +206,8 @@ def finish(out, options, tokenizer, pairs, judged, answers, gold):
     write_json(path, read_run(path) | {"table": table, "table_pairs": len(pairs)})
     for name in ("guide", "policy"):
         add_figures(os.path.join(out, name), table)
+    if options.keep:
+        tell_checkpoints(out)
     say(f"\nthe policy: {os.path.join(out, 'policy')}")
     if LOSSES[options.loss].reads("guide"):
         say(f"the guide:  {options.guide or os.path.join(out, 'guide')}")

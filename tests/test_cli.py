@@ -638,6 +638,7 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
     again = load_file(out / "policy/model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights) and (out / "report.html").exists()
     assert printed.splitlines()[-2:] == [f"the policy: {out}/policy", f"the page:   {out}/report.html"]
+    assert f"{out}/checkpoints: 0.000 GB that the models do not need; --resume makes the answers" in printed
 
 
 @pytest.mark.parametrize(
@@ -677,7 +678,7 @@ def not_finite_on_rank_1(rank):
 
 def no_model_on_the_machine_of_rank_1(rank):
     plain = train.hub.model_directory
-    train.hub.model_directory = lambda name: plain("/no/such/model" if rank == 1 else name)
+    train.hub.model_directory = lambda name, *more: plain("/no/such/model" if rank == 1 else name, *more)
 
 
 def no_tokenizer_on_the_machine_of_rank_1(rank):

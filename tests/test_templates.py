@@ -136,6 +136,12 @@ REASONED = ["<think>", "Ċ", "hello", "Ċ", "</think>", "ĊĊ", "t", "he", "r", 
         ("hello", "there", THINK, ["hello"]),  # what enable_thinking=False feeds, unscored
         ("<think>\nhello\n</think>\n\nthere", "<think>\n\n</think>\n\nno", [], REASONED),
         ("<think>hello</think> there", "<think>no", [], ["<think>", "hello", "</think>", "Ġthere"]),  # as it is
+        (
+            "<think>hello",
+            "<think>no",
+            [],
+            ["<think>", "hello"],
+        ),  # cut in its thoughts, before which an empty block stands
     ],
 )
 def test_reasoning(chosen, rejected, block, scored, tmp_path):
