@@ -47,11 +47,12 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import model
 import tgdpo
-from files import hub
+from ends.answers import answer, gold_figures, write_samples
+from ends.inputs import read_inputs
 from files.card import model_card
 from files.errors import BadInput, some
 from files.export import as_used, save_model, tokenizer_files
-from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
+from files.tokenizer import ChatTokenizer
 from files.weights import check_finite
 from runtime import cache, checkpoint, disk, flops, gpu, lora, memory, outdir, preview, process_group, results, signals
 from runtime import sinks as sink_files
@@ -98,17 +99,6 @@ class Run(NamedTuple):
     identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
     beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
     tokenizer: ChatTokenizer
-
-
-class Inputs(NamedTuple):
-    """What a run is given."""
-
-    source: str  # the reference's directory
-    guide: str | None  # a given guide's
-    tokenizer: ChatTokenizer
-    pairs: list  # of data.Pair
-    eval_pairs: list
-    counts: dict  # "train" and, with --eval-data, "eval": data.Counts
 
 
 class Stage(NamedTuple):
@@ -475,12 +465,6 @@ def sample(run, stage, training):
     write_samples(run, stage.loss, training.step, answers)
 
 
-def write_samples(run, loss, step, answers):
-    """A line an answer, numbered from 1."""
-    for number, (prompt, text) in enumerate(answers, 1):
-        run.samples.write({"stage": loss, "step": step, "sample": number, "prompt": prompt, "answer": text})
-
-
 def evaluate(run, stage, training):
     """Write the figures of the stage's evaluation pairs down. Returns their log-probs, as log_probs gives them."""
     began = time.perf_counter()
@@ -489,85 +473,6 @@ def evaluate(run, stage, training):
     run.metrics.write({"stage": stage.loss, "step": training.step, "eval": True} | row)
     say(f"{stage.loss} {training.step}/{training.total} held out  {words(shown(row))}", run.rank)
     return found
-
-
-# ------------------------------------------------------------------------------------------------- the inputs
-
-
-def found_model(name, weights=True):
-    """The directory of a model's name or Hub id. Rank 0 fetches it and checks its configuration and its tensors' names
-    and shapes, then the other ranks find it, or fetch it, on the machine that they are on. weights: False for a look at
-    the plan, which needs none: of a Hub id they are not fetched, and a directory may lack them."""
-
-    def check():
-        directory = hub.model_directory(name, weights)
-        local = os.path.isdir(name)
-        if weights or local and any(file.endswith((".safetensors", ".bin")) for file in os.listdir(directory)):
-            model.check(directory)
-        else:
-            model.read_config(directory)
-            say(f"{name}: " + ("has no weights; the plan needs none" if local else "its weights are not fetched"))
-
-    on_rank_0(check)
-    return on_all_ranks(lambda: hub.model_directory(name, weights), patient=True)[dist.get_rank()]
-
-
-def read_inputs(options):
-    """Models, tokenizer and pairs, found, checked and read by rank 0 for all."""
-    source, guide = (
-        found_model(name, not options.dry_run) if name else None for name in (options.model, options.guide)
-    )
-    tokenizer = on_all_ranks(lambda: load_tokenizer(source, options.chat_template), patient=True)[dist.get_rank()]
-
-    def read():
-        for directory in filter(None, (source, guide)):
-            if tokenizer.vocab_size > (size := model.read_config(directory).vocab_size):
-                raise BadInput(
-                    f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but "
-                    f"the model only {size} embeddings; take the tokenizer that belongs to it"
-                )
-        if guide:
-            same_vocabulary(tokenizer, load_tokenizer(guide, options.chat_template))
-            sizes = [model.read_config(directory).vocab_size for directory in (source, guide)]
-            if options.centre_guidance and sizes[0] != sizes[1]:
-                raise BadInput(
-                    f"--centre-guidance: {guide} has {sizes[1]} embeddings and {source} {sizes[0]}; a mean over all "
-                    "tokens needs as many in both; leave --centre-guidance out"
-                )
-        pairs, counts = read_pairs(options.data, options, tokenizer, limit=options.limit)
-        if options.eval_data:
-            eval_pairs, eval_counts = read_pairs(options.eval_data, options, tokenizer, without=("weight",))
-            return pairs, eval_pairs, {"train": counts, "eval": eval_counts}
-        return *data.held_back(pairs, options.eval_fraction, options.seed), {"train": counts}
-
-    return Inputs(source, guide, tokenizer, *on_rank_0(read))
-
-
-def read_pairs(names, options, tokenizer, limit=0, without=()):
-    """The pairs of files or Hub data sets, and their data.Counts. without: names of --columns that are not read."""
-    columns = {name: column for name, _, column in (entry.partition("=") for entry in options.columns)}
-    columns = {name: column for name, column in columns.items() if name not in without}
-    paths = [path for name in names for path in hub.data_files(name)]
-    return data.load_pairs(
-        paths, tokenizer, options.max_length, options.max_prompt_length, options.skip_bad_rows, columns, limit
-    )
-
-
-def describe(options, inputs, dtype):
-    """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
-    return {name: getattr(options, name) for name in SETTINGS} | {
-        "with": read(options.with_) or None,
-        "centred guidance": options.centre_guidance or None,
-        "max steps": options.max_steps or None,
-        "lora rank": options.lora_rank or None,
-        "lora alpha": options.lora_alpha if options.lora_rank else None,
-        "data": data.fingerprint(inputs.pairs),
-        "evaluation data": data.fingerprint(inputs.eval_pairs),
-        "chat template": inputs.tokenizer.digest,
-        "dtype": str(dtype),
-        "model": cache.weights_digest(inputs.source),
-        "guide": inputs.guide and cache.weights_digest(inputs.guide),
-    }
 
 
 # ----------------------------------------------------------------------------------------------------- the run
@@ -599,6 +504,23 @@ def whole_run(options, ranks, out):
     policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, centred))
     release(run)
     tell_results(run, inputs, {"ref": ref, "guide": guide, "centre": centre, "policy": policy}, answers, guide_source)
+
+
+def describe(options, inputs, dtype):
+    """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
+    return {name: getattr(options, name) for name in SETTINGS} | {
+        "with": read(options.with_) or None,
+        "centred guidance": options.centre_guidance or None,
+        "max steps": options.max_steps or None,
+        "lora rank": options.lora_rank or None,
+        "lora alpha": options.lora_alpha if options.lora_rank else None,
+        "data": data.fingerprint(inputs.pairs),
+        "evaluation data": data.fingerprint(inputs.eval_pairs),
+        "chat template": inputs.tokenizer.digest,
+        "dtype": str(dtype),
+        "model": cache.weights_digest(inputs.source),
+        "guide": inputs.guide and cache.weights_digest(inputs.guide),
+    }
 
 
 def begin(options, ranks, out, inputs):
@@ -738,55 +660,6 @@ def tell_results(run, inputs, logps, answers, guide_source):
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
     on_rank_0(lambda: results.end(run.out, run.options))
-
-
-@torch.no_grad()
-def gold_figures(inputs, directories, longest):
-    """{model: {gold, wins, kl}} of the bundled example, whose true reward is known: of two replies that each model
-    draws to each prompt, their gold reward, how often it is above the reference's (a tie is half), and log pi/pi_ref.
-    directories: {ref, guide (or None), policy -> the model's}; longest: a reply, in tokens."""
-    try:
-        from examples.tiny.language import gold_reward
-    except ImportError:
-        return {}
-    stop, pairs = set(inputs.tokenizer.end_ids), inputs.eval_pairs or inputs.pairs[:256]
-    nets = {name: model.load_model(directory) for name, directory in directories.items() if directory}
-    asked, golds, figures = [pair.prompt.tolist() for pair in pairs for _ in range(2)], {}, {}
-    for name, net in nets.items():
-        drawn = model.generate(net, asked, longest, stop, 1.0, torch.Generator().manual_seed(0))
-        texts = (inputs.tokenizer.decode([i for i in ids if i not in stop]) for ids in drawn)
-        golds[name] = gold = np.array([gold_reward(text) for text in texts])
-        replies = [np.array(ids, np.int32) for ids in drawn]
-        pack = data.collate([p._replace(chosen=a, rejected=b) for p, a, b in zip(pairs, replies[::2], replies[1::2])])
-        moved = net(pack.tokens, pack).sum() - nets["ref"](pack.tokens, pack).sum()
-        wins = (np.sign(gold - golds["ref"]) + 1).mean() / 2
-        figures[name] = {"gold": gold.mean().item(), "wins": wins.item(), "kl": moved.item() / len(drawn)}
-    return figures
-
-
-def after_export(run):
-    """Follow a signal where all that counts is done."""
-    stop_if_told(run, state="the policy is exported, the answers are not done")
-
-
-def answer(run, net, inputs, heed=after_export):
-    """The likeliest answers to the first --samples different prompts: [(prompt, answer)] as text. inputs: what has
-    pairs and eval_pairs. heed: called with the run after each pack of prompts, to follow signals."""
-    tokenizer, pairs = run.tokenizer, inputs.eval_pairs or inputs.pairs
-    prompts = list(dict.fromkeys(tuple(pair.prompt.tolist()) for pair in pairs))[: run.options.samples]
-    widest = max(map(len, prompts), default=0) + run.options.sample_tokens
-    several, answers = max(1, run.plan.micro_tokens_forward // widest), []  # prompts at a time
-    for asked in (prompts[k : k + several] for k in range(0, len(prompts), several)):
-        new = model.generate(
-            net, asked, run.options.sample_tokens, set(tokenizer.end_ids), stop_early=run.world == 1
-        )  # ranks that round otherwise would not all stop
-        answers += [
-            (tokenizer.decode(prompt), tokenizer.decode([i for i in ids if i not in tokenizer.end_ids]))
-            for prompt, ids in zip(asked, new)
-        ]
-        heed(run)
-    net.reshard()
-    return answers
 
 
 def main(argv=None):

@@ -1,0 +1,84 @@
+"""What a run is given: models, tokenizer and pairs, found, fetched, checked and read before anything is computed."""
+
+import os
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+import data
+import model
+from files import hub
+from files.errors import BadInput
+from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
+from runtime.process_group import on_all_ranks, on_rank_0
+from runtime.progress import say
+
+
+class Inputs(NamedTuple):
+    """What a run is given."""
+
+    source: str  # the reference's directory
+    guide: str | None  # a given guide's
+    tokenizer: ChatTokenizer
+    pairs: list  # of data.Pair
+    eval_pairs: list
+    counts: dict  # "train" and, with --eval-data, "eval": data.Counts
+
+
+def found_model(name, weights=True):
+    """The directory of a model's name or Hub id. Rank 0 fetches it and checks its configuration and its tensors' names
+    and shapes, then the other ranks find it, or fetch it, on the machine that they are on. weights: False for a look at
+    the plan, which needs none: of a Hub id they are not fetched, and a directory may lack them."""
+
+    def check():
+        directory = hub.model_directory(name, weights)
+        local = os.path.isdir(name)
+        if weights or local and any(file.endswith((".safetensors", ".bin")) for file in os.listdir(directory)):
+            model.check(directory)
+        else:
+            model.read_config(directory)
+            say(f"{name}: " + ("has no weights; the plan needs none" if local else "its weights are not fetched"))
+
+    on_rank_0(check)
+    return on_all_ranks(lambda: hub.model_directory(name, weights), patient=True)[dist.get_rank()]
+
+
+def read_inputs(options):
+    """Models, tokenizer and pairs, found, checked and read by rank 0 for all."""
+    source, guide = (
+        found_model(name, not options.dry_run) if name else None for name in (options.model, options.guide)
+    )
+    tokenizer = on_all_ranks(lambda: load_tokenizer(source, options.chat_template), patient=True)[dist.get_rank()]
+
+    def read():
+        for directory in filter(None, (source, guide)):
+            if tokenizer.vocab_size > (size := model.read_config(directory).vocab_size):
+                raise BadInput(
+                    f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but "
+                    f"the model only {size} embeddings; take the tokenizer that belongs to it"
+                )
+        if guide:
+            same_vocabulary(tokenizer, load_tokenizer(guide, options.chat_template))
+            sizes = [model.read_config(directory).vocab_size for directory in (source, guide)]
+            if options.centre_guidance and sizes[0] != sizes[1]:
+                raise BadInput(
+                    f"--centre-guidance: {guide} has {sizes[1]} embeddings and {source} {sizes[0]}; a mean over all "
+                    "tokens needs as many in both; leave --centre-guidance out"
+                )
+        pairs, counts = read_pairs(options.data, options, tokenizer, limit=options.limit)
+        if options.eval_data:
+            eval_pairs, eval_counts = read_pairs(options.eval_data, options, tokenizer, without=("weight",))
+            return pairs, eval_pairs, {"train": counts, "eval": eval_counts}
+        return *data.held_back(pairs, options.eval_fraction, options.seed), {"train": counts}
+
+    return Inputs(source, guide, tokenizer, *on_rank_0(read))
+
+
+def read_pairs(names, options, tokenizer, limit=0, without=()):
+    """The pairs of files or Hub data sets, and their data.Counts. without: names of --columns that are not read."""
+    columns = {name: column for name, _, column in (entry.partition("=") for entry in options.columns)}
+    columns = {name: column for name, column in columns.items() if name not in without}
+    paths = [path for name in names for path in hub.data_files(name)]
+    return data.load_pairs(
+        paths, tokenizer, options.max_length, options.max_prompt_length, options.skip_bad_rows, columns, limit
+    )
