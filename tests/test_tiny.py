@@ -294,5 +294,7 @@ def test_the_studys_page_reads_its_numbers():
         assert study_page.student(df, tail) == pytest.approx(value, abs=1e-3)  # a book's table
     assert study_page.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.3027 / 3**0.5), abs=1e-3)
     points = [{"kl": 4.0, "gold": 2.0}, {"kl": 1.0, "gold": 1.0}, {"kl": 9.0, "gold": 1.5}]  # the last shows nothing
-    line = {"start": {"gold": 0.0}, "curve": points}
+    line = {"start": {"gold": 0.0, "kl": 0.0}, "curve": points}
     assert [study_page.at_kl(line, kl) for kl in (0.25, 1, 2.25, 4, 5)] == [0.5, 1, 1.5, 2, None]
+    line["start"] = {"gold": 0.5, "kl": 1.0}  # of one that sets out from the guide
+    assert [study_page.at_kl(line, kl) for kl in (0.5, 1, 2.25)] == [None, 0.5, 1.25]

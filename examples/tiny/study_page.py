@@ -56,9 +56,12 @@ def shown(values, digits=2, tests=1, sign=""):
 
 def at_kl(line, kl):
     """The gold reward that the training has to show for this KL: along its points of which none has more reward for
-    less KL, from the reference on, interpolated in the square root of KL; None beyond the last of them."""
-    before = (0.0, line["start"]["gold"])
-    for point in sorted((math.sqrt(point["kl"]), point["gold"]) for point in line["curve"]):
+    less KL, from its start on, interpolated in the square root of KL; None before the start and beyond the last."""
+    before = (math.sqrt(line["start"]["kl"]), line["start"]["gold"])
+    if kl < line["start"]["kl"]:
+        return None
+    later = [point for point in line["curve"] if point["kl"] > line["start"]["kl"]]
+    for point in sorted((math.sqrt(point["kl"]), point["gold"]) for point in later):
         if point[1] > before[1]:
             if point[0] ** 2 >= kl:
                 share = (math.sqrt(kl) - before[0]) / (point[0] - before[0])
@@ -91,6 +94,7 @@ def plot(path, arms, start):
                for point in zip(*(line["curve"] for line in arms[name]))]
         for name in shown_arms
     }  # fmt: skip
+    means = {name: [point for point in points if point[0] <= 16] for name, points in means.items()}
     golds = [g for points in means.values() for _, g in points] + [end("gold")(x) for n in shown_arms for x in arms[n]]
     far = math.sqrt(max(kl for points in means.values() for kl, _ in points) + 0.1)
     y0, y1 = min(*golds, start["gold"]) - 0.2, max(golds) + 0.2
@@ -100,7 +104,7 @@ def plot(path, arms, start):
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="22" font-size="14">Gold reward against KL from the reference (dashed: labels by a coin)</text>',
+        f'<text x="{left}" y="22" font-size="14">Gold reward against KL, up to 16 (dashed: labels by a coin)</text>',
         f'<text x="{right - 190}" y="22" font-size="14">Gold reward at the end of one epoch, a dot a seed</text>',
         f'<text x="{(left + middle) / 2}" y="{height - 8}" text-anchor="middle">KL per reply, nats (square-root scale)</text>',
     ]
@@ -137,11 +141,13 @@ def write(page, work, lines, start):
         if "failed" not in line:
             arms.setdefault(line["arm"], []).append(line | {"start": start["start"]})
     dpo, text = arms["DPO"], []
-    for line in arms.get("ExPO", []):  # each factor is a row; the way begins at the guide, which is DPO of that seed
+    guides = {line["seed"]: line["curve"][-1] for line in dpo}
+    for line in arms.get("ExPO", []):  # each factor is a row
         for point in line["curve"]:
             arms.setdefault(f"ExPO, factor {point['step']:g}", []).append(line | {"curve": [point]})
-        line["curve"] = [guide["curve"][-1] for guide in dpo if guide["seed"] == line["seed"]] + line["curve"]
-    whole = {name: found for name, found in arms.items() if " with " not in name}
+    for name in ("ExPO", "DPO from the guide"):  # they set out from the guide, which is DPO of that seed
+        arms[name] = [line | {"start": guides[line["seed"]]} for line in arms.get(name, [])]
+    whole = {name: found for name, found in arms.items() if found and " with " not in name}
     seeds = lambda found: str(len({line["seed"] for line in found}))
 
     def table(title, words, head, rows):
