@@ -255,8 +255,10 @@ reward of a reply's first {start["first"]} tokens, which its length cannot chang
         ),
     )
     names = dict.fromkeys(name.split(" with ")[1] for name in arms if " with " in name)
+    tried = {line["seed"] for name, found in arms.items() if " with " in name for line in found}
     both = lambda part: [
-        arms.get(f"{base} with {part}", []) if part else arms.get(base, []) for base in ("DPO", "TGDPO, α 1")
+        [line for line in arms.get(f"{base} with {part}" if part else base, []) if line["seed"] in tried]
+        for base in ("DPO", "TGDPO, α 1")
     ]
     cells = lambda found: (
         (*(f"{np.mean([end(k)(x) for x in found]):.2f}" for k in ("gold", "kl")), equal(found, [], 1))
