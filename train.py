@@ -445,7 +445,7 @@ def next_step(run, stage, training):
     try:
         row = optimiser_step(run, training.net, training.optimiser, stage, batch)
     except RunFailed as failure:
-        mend = "a lower --lr, --beta or --alpha" if stage.loss == "tgdpo" else "a lower --lr or --beta"
+        mend = "a lower --lr, --beta or --alpha" if LOSSES[stage.loss].reads("alpha") else "a lower --lr or --beta"
         mend += "" if run.dtype == torch.float32 else ", or --dtype float32"
         raise RunFailed(
             f"{stage.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "

@@ -20,6 +20,7 @@ class Entry(NamedTuple):
         return option in self.options or needs in self.tensors
 
 
+GUIDES_LOSS = "dpo"  # stage 1 trains the guide with it: that is the method
 LOSSES = {
     "tgdpo": Entry("tgdpo_loss", ("policy", "ref", "guide"), ("beta", "alpha", "guide_beta"), beta=0.1),
     "dpo": Entry("dpo_loss", ("policy", "ref"), ("beta",), beta=0.1),

@@ -19,7 +19,7 @@ from files.errors import BadInput, naming
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
 from runtime.disk import content, fsync, remove, stands, unreadable, whole
-from runtime.losses import LOSSES
+from runtime.losses import GUIDES_LOSS, LOSSES
 from runtime.progress import say
 
 GOLD = """\
@@ -125,7 +125,7 @@ def has_guide(out, check):
     begun. As long as the stage has a checkpoint, a guide that is not whole is none: it is exported again."""
     begun = checkpoint.newest(os.path.join(out, "checkpoints"))
     run, directory = read_run(os.path.join(out, "run.json")), os.path.join(out, "guide")
-    if begun and checkpoint.read_state(begun).get("identity", {}).get("stage") == "dpo":
+    if begun and checkpoint.read_state(begun).get("identity", {}).get("stage") == GUIDES_LOSS:
         with contextlib.suppress(BadInput):
             return bool(guide_digest(directory, run, check))
         return False

@@ -25,6 +25,7 @@ from tiny_world import make_checkpoint, make_pairs
 import data
 import model
 import train
+from ends import inputs
 from files.errors import BadInput
 from runtime import options, results
 
@@ -677,13 +678,13 @@ def not_finite_on_rank_1(rank):
 
 
 def no_model_on_the_machine_of_rank_1(rank):
-    plain = train.hub.model_directory
-    train.hub.model_directory = lambda name, *more: plain("/no/such/model" if rank == 1 else name, *more)
+    plain = inputs.hub.model_directory
+    inputs.hub.model_directory = lambda name, *more: plain("/no/such/model" if rank == 1 else name, *more)
 
 
 def no_tokenizer_on_the_machine_of_rank_1(rank):
-    plain = train.load_tokenizer
-    train.load_tokenizer = lambda source, template: plain("/no/such/model" if rank == 1 else source, template)
+    plain = inputs.load_tokenizer
+    inputs.load_tokenizer = lambda source, template: plain("/no/such/model" if rank == 1 else source, template)
 
 
 def fault_of_rank_1(rank):

@@ -50,7 +50,7 @@ def test_entries_fit_their_functions():
 
 def test_no_loss_is_compared_by_name():
     """What depends on a loss is read from its entry. (Stage 1 is DPO by name: that is the method.)"""
-    for path in [ROOT / "train.py", *(ROOT / "runtime").glob("*.py")]:
+    for path in [ROOT / "train.py", *(ROOT / "ends").glob("*.py"), *(ROOT / "runtime").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare):
                 constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}

@@ -324,9 +324,8 @@ def test_every_option_has_flag_help_and_group():
 
 
 def test_every_option_is_read():
-    read = "".join(
-        path.read_text() for path in [ROOT / "train.py", *(ROOT / "runtime").glob("*.py")] if path.name != "options.py"
-    )
+    files = [ROOT / "train.py", *(ROOT / "ends").glob("*.py"), *(ROOT / "runtime").glob("*.py")]
+    read = "".join(path.read_text() for path in files if path.name != "options.py")
     handed_over = {name for entry in LOSSES.values() for name in entry.options}  # to the loss, by train.loss_of
     assert [name for name in options.FIELDS.keys() - handed_over if not re.search(rf"options\.{name}\b", read)] == []
 

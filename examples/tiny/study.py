@@ -340,9 +340,9 @@ def fit(lab, arm, seed, points):
 def towards(net, guide, pairs, alpha):
     """Adds the gradient of D18's right-hand side: alpha beta^2 KL(net || guide), over the states of a response."""
     pack = data.collate(pairs)
-    hidden, head = net(pack.tokens, pack, states=True)
+    hidden, head, _ = net(pack.tokens, pack, states=True)
     with torch.no_grad():
-        other, other_head = guide(pack.tokens, pack, states=True)
+        other, other_head, _ = guide(pack.tokens, pack, states=True)
     kl = tgdpo.divergence((hidden @ head.t()).log_softmax(-1), (other @ other_head.t()).log_softmax(-1))  # [R]
     (alpha * SETTINGS["beta"] ** 2 * kl.sum() / (2 * len(pairs))).backward()  # each pair holds two responses
 
