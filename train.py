@@ -538,6 +538,9 @@ def begin(options, ranks, out, inputs):
         on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))
         return None
 
+    sinks = sink_files.Sinks(out, options.log_to)
+    process_group.held.callback(sinks.close)
+
     def write_down():
         identity = describe(options, inputs, dtype)
         if options.resume and results.is_over(out, identity):
@@ -546,6 +549,7 @@ def begin(options, ranks, out, inputs):
         if options.overwrite and outdir.results_in(out):
             for directory in filter(None, (source, guide)):
                 check_finite(directory)  # before what stands there is removed for it
+            sinks.open(dataclasses.asdict(options))  # and so does what one of them may refuse
             outdir.clear(out, options)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
@@ -553,8 +557,6 @@ def begin(options, ranks, out, inputs):
     identity = on_rank_0(write_down)
     if identity is None:
         return None
-    sinks = sink_files.Sinks(out, options.log_to)
-    process_group.held.callback(sinks.close)
     on_rank_0(lambda: sinks.open(dataclasses.asdict(options)))
     logs = [Metrics(os.path.join(out, name), ranks.rank, sinks) for name in ("metrics.jsonl", "samples.jsonl")]
     return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, *logs, identity, beside, inputs.tokenizer)
