@@ -528,6 +528,8 @@ def _refuse_contradictions(chosen, loss, files):
 
     def said(name):
         value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
+        if KINDS[name] is bool:
+            return f"{called[name]} = {str(value).lower()}" if name in files else called[name]
         return f"{called[name]} {'= ' if name in files else ''}{value}"
 
     for name in ignored(loss):
@@ -535,6 +537,8 @@ def _refuse_contradictions(chosen, loss, files):
             by = "loss" if "loss" in files else "--loss"
             raise BadInput(f"{said(name)}: {by} {loss} has no use for it; leave it out")
     parts.refuse_without_guide(chosen.get("with_"), loss, called["with_"])
+    if "lora_alpha" in chosen and "lora_rank" not in chosen:
+        raise BadInput(f"{said('lora_alpha')}: has no effect without --lora-rank, which is 0; give both")
     longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:

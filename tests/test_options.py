@@ -136,6 +136,8 @@ def test_switches(config):
         ("--gamma 1", "--gamma 1.0: --loss tgdpo has no use for it"),
         ("--resume --overwrite", "--resume and --overwrite: .* give one"),
         ("--eval-data a/b --eval-fraction 0.1", "--eval-data and --eval-fraction: .* give one"),
+        ("--loss dpo --centre-guidance", "--centre-guidance: --loss dpo has no use for it"),
+        ("--lora-alpha 8", "--lora-alpha 8.0: has no effect without --lora-rank"),
         ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
         ("--config /", "--config /: is no file"),
         ("--config /dev/zero", "--config /dev/zero: is no file"),
