@@ -252,7 +252,8 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
 def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
     """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype. digest: of
     its weights, where it is known. guide: the directory of the model against which KL is asked for, `kind` "centre";
-    both models are in memory then, in the compute type, which is less than one model in training."""
+    both models are in memory then, in the compute type: less than one model in training, more than one with adapters.
+    """
     key = on_rank_0(
         lambda: cache.key(
             {
