@@ -497,6 +497,8 @@ def _checked(name, value, where):
         _check_text(text, where)
     if name == "columns":
         _columns_checked(value, where)
+    if name == "log_to" and (twice := [one for one in value if value.count(one) > 1]):
+        raise BadInput(f"{where}: gives {twice[0]} twice; keep one")
     for one in value if kind is tuple else (value,):
         if "choices" in limits and one not in limits["choices"]:
             near = _nearest(one, limits["choices"])
@@ -562,7 +564,10 @@ def _carry(settings, loss):
     dropped = ignored(loss)
     if LOSSES[own].beta != LOSSES[loss].beta:
         dropped.append("beta")  # which is on another scale
-    return {name: value for name, value in settings.items() if name not in dropped}
+    kept = {name: value for name, value in settings.items() if name not in dropped}
+    if "with_" in kept and "guide" not in LOSSES[loss].tensors:
+        kept["with_"] = tuple(w for w in kept["with_"] if not parts.PARTS[w.partition("=")[0]].tgdpo_only)
+    return kept
 
 
 def _absolute_if_there(name, there=False):
