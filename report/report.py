@@ -229,11 +229,8 @@ Run = collections.namedtuple("Run", "name about config run loss stages unread")
 
 def parts_of(config):
     """The parts of --with, as they were given."""
-    return (
-        [clipped(part) for part in config["with"] if isinstance(part, str)]
-        if isinstance(config.get("with"), list)
-        else []
-    )
+    parts = config.get("with")
+    return [clipped(part) for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
 
 
 def read_run(out):
