@@ -252,7 +252,8 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
 def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
     """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype. digest: of
     its weights, where it is known. guide: the directory of the model against which KL is asked for, `kind` "centre";
-    both models are in memory then, in the compute type, which is less than one model in training."""
+    both models are in memory then, in the compute type: less than one model in training, more than one with adapters.
+    """
     key = on_rank_0(
         lambda: cache.key(
             {
@@ -538,6 +539,9 @@ def begin(options, ranks, out, inputs):
         on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))
         return None
 
+    sinks = sink_files.Sinks(out, options.log_to)
+    process_group.held.callback(sinks.close)
+
     def write_down():
         identity = describe(options, inputs, dtype)
         if options.resume and results.is_over(out, identity):
@@ -546,6 +550,7 @@ def begin(options, ranks, out, inputs):
         if options.overwrite and outdir.results_in(out):
             for directory in filter(None, (source, guide)):
                 check_finite(directory)  # before what stands there is removed for it
+            sinks.open(dataclasses.asdict(options))  # and so does what one of them may refuse
             outdir.clear(out, options)
         results.begin(out, options, identity, counts, plan, ranks)
         return identity
@@ -553,8 +558,6 @@ def begin(options, ranks, out, inputs):
     identity = on_rank_0(write_down)
     if identity is None:
         return None
-    sinks = sink_files.Sinks(out, options.log_to)
-    process_group.held.callback(sinks.close)
     on_rank_0(lambda: sinks.open(dataclasses.asdict(options)))
     logs = [Metrics(os.path.join(out, name), ranks.rank, sinks) for name in ("metrics.jsonl", "samples.jsonl")]
     return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, *logs, identity, beside, inputs.tokenizer)

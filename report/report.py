@@ -227,6 +227,12 @@ def run_tables(name, run, config, dropped):
 Run = collections.namedtuple("Run", "name about config run loss stages unread")
 
 
+def parts_of(config):
+    """The parts of --with, as they were given."""
+    parts = config.get("with")
+    return [clipped(part) for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
+
+
 def read_run(out):
     """The Run of a directory. FileNotFoundError where it is none."""
     if not out.is_dir():
@@ -237,6 +243,9 @@ def read_run(out):
     loss = loss if loss in NAMES else "tgdpo"
     stages = stages_of(rows, loss)
     settings = [f"{sign} {written(config[key])}" for key, sign in (("beta", "β"), ("alpha", "α")) if key in config]
+    settings += [f"parts {' '.join(parts)}"] if (parts := parts_of(config)) else []
+    settings += ["centred guidance"] if config.get("centre_guidance") is True else []
+    settings += [f"adapters of rank {written(config['lora_rank'])}"] if config.get("lora_rank") else []
     about = [" with ".join([NAMES[loss], *[", ".join(settings)] * bool(settings)])]
     if config.get("model"):
         about.append(f"from {clipped(str(config['model']), 120)}")
@@ -276,12 +285,27 @@ def gather(out):
         if isinstance(row, dict)
     ]
     first = {"name": name, "about": about, "notes": notes, "answer": answer.answer(run, config, loss, stages, classes)}
-    tokens = {"symbol": symbol, "meaning": MEANINGS[loss], "colours": colours_of(pairs, symbol), "pieces": pieces}
+    tokens = {
+        "symbol": symbol,
+        "meaning": meaning(loss, config),
+        "colours": colours_of(pairs, symbol),
+        "pieces": pieces,
+    }
     tokens |= {"pairs": records, "classes": classes, "moved": moved_section(pairs, symbol)}
     last = {"samples": samples, "growth": growth(out)}
     last["tables"] = run_tables(name, run, config, read_rows(out / "dropped.jsonl")[0])
     last["command"] = clipped(run["command"]) if isinstance(run.get("command"), str) else ""
     return first | tokens | {"curves": curves(stages)} | last
+
+
+def meaning(loss, config):
+    """What the tokens' numbers are, of a run with these settings."""
+    text, parts = MEANINGS[loss], [part.partition("=")[0] for part in parts_of(config)]
+    if loss == "tgdpo" and config.get("centre_guidance") is True:
+        text = text.replace("token reward;", "token reward less its mean under the reference at that state;")
+    if loss == "tgdpo" and "clip" in parts:
+        text += " In f, but not in the r̂ shown, log π_guide/π_ref is clamped (clip)."
+    return text
 
 
 def growth(out):

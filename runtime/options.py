@@ -497,6 +497,8 @@ def _checked(name, value, where):
         _check_text(text, where)
     if name == "columns":
         _columns_checked(value, where)
+    if name == "log_to" and (twice := [one for one in value if value.count(one) > 1]):
+        raise BadInput(f"{where}: gives {twice[0]} twice; keep one")
     for one in value if kind is tuple else (value,):
         if "choices" in limits and one not in limits["choices"]:
             near = _nearest(one, limits["choices"])
@@ -528,6 +530,8 @@ def _refuse_contradictions(chosen, loss, files):
 
     def said(name):
         value = " ".join(chosen[name]) if KINDS[name] is tuple else chosen[name]
+        if KINDS[name] is bool:
+            return f"{called[name]} = {str(value).lower()}" if name in files else called[name]
         return f"{called[name]} {'= ' if name in files else ''}{value}"
 
     for name in ignored(loss):
@@ -535,6 +539,8 @@ def _refuse_contradictions(chosen, loss, files):
             by = "loss" if "loss" in files else "--loss"
             raise BadInput(f"{said(name)}: {by} {loss} has no use for it; leave it out")
     parts.refuse_without_guide(chosen.get("with_"), loss, called["with_"])
+    if "lora_alpha" in chosen and "lora_rank" not in chosen:
+        raise BadInput(f"{said('lora_alpha')}: has no effect without --lora-rank, which is 0; give both")
     longest = chosen.get("max_length", DEFAULTS["max_length"])
     prompt = chosen.get("max_prompt_length", 0)
     if prompt >= longest:
@@ -558,7 +564,10 @@ def _carry(settings, loss):
     dropped = ignored(loss)
     if LOSSES[own].beta != LOSSES[loss].beta:
         dropped.append("beta")  # which is on another scale
-    return {name: value for name, value in settings.items() if name not in dropped}
+    kept = {name: value for name, value in settings.items() if name not in dropped}
+    if "with_" in kept and "guide" not in LOSSES[loss].tensors:
+        kept["with_"] = tuple(w for w in kept["with_"] if not parts.PARTS[w.partition("=")[0]].tgdpo_only)
+    return kept
 
 
 def _absolute_if_there(name, there=False):

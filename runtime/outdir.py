@@ -188,8 +188,11 @@ def _lock(out):
 def clear(out, options):
     """Removes an earlier run's results, nothing else: the cache stays, its keys tell what it is good for.
 
-    A config.toml that somebody wrote by hand stays too. Raises BadInput where this run reads one of them."""
+    A config.toml that somebody wrote by hand stays too, and so does wandb/ where this run has begun to write there.
+    Raises BadInput where this run reads one of them."""
     for result in _spare(out, options, "--overwrite would remove"):
+        if os.path.basename(result) == "wandb" and "wandb" in options.log_to:
+            continue
         if os.path.basename(result) == "config.toml" and not is_as_saved(content(result) or b""):
             continue
         os.rename(result, f"{result}.tmp")  # half of a result never stands under its name

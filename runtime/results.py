@@ -36,6 +36,7 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     saves = min(max(1, options.keep) + 1, -(-steps // options.save_every)) if options.save_every else 1
     models = 2 if preview.trains_guide(options) else 1
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
+    passes += bool(options.centre_guidance)  # or divergences
     need = (3 * saves + bool(options.lora_rank)) * 4 * trained + width * models * parameters
     need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]

@@ -94,8 +94,9 @@ class Sinks:
         self.files = [os.path.join(out, name) for name in ("metrics.jsonl", "samples.jsonl")]
 
     def open(self, settings):
-        """settings: the options, {name: value}. Raises BadInput where a package does not begin."""
-        for name in self.names:
+        """settings: the options, {name: value}. Does nothing the second time. Raises BadInput where a package does not
+        begin."""
+        for name in self.names[len(self.sinks) :]:
             try:
                 self.sinks.append(KINDS[name](self.out, settings))
             except Exception as error:

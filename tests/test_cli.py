@@ -212,7 +212,7 @@ def test_too_little_disk_is_foreseen(world, capfd, tmp_path, monkeypatch, out):
     refused(capfd, given, "2 checkpoints", out=out)
 
 
-@pytest.mark.parametrize("more", [(), ("--lora-rank", 2)])
+@pytest.mark.parametrize("more", [(), ("--lora-rank", 2, "--centre-guidance")])
 def test_the_space_a_run_needs_by_hand(world, tmp_path, monkeypatch, out, more):
     """What is foreseen is what is written, but for the files' headers and the report."""
     needed, usage = [10**9], collections.namedtuple("usage", "total used free")

@@ -136,6 +136,9 @@ def test_switches(config):
         ("--gamma 1", "--gamma 1.0: --loss tgdpo has no use for it"),
         ("--resume --overwrite", "--resume and --overwrite: .* give one"),
         ("--eval-data a/b --eval-fraction 0.1", "--eval-data and --eval-fraction: .* give one"),
+        ("--loss dpo --centre-guidance", "--centre-guidance: --loss dpo has no use for it"),
+        ("--log-to wandb wandb", "--log-to wandb wandb: gives wandb twice; keep one"),
+        ("--lora-alpha 8", "--lora-alpha 8.0: has no effect without --lora-rank"),
         ("--config nowhere.toml", "--config nowhere.toml: there is no such file"),
         ("--config /", "--config /: is no file"),
         ("--config /dev/zero", "--config /dev/zero: is no file"),
@@ -337,6 +340,12 @@ def test_no_option_is_a_strict_prefix_of_one_of_torchruns():
     ours = [flag for flag in ours if flag.startswith("--") and flag != "--help"]
     assert len(ours) > 30
     assert [(flag, other) for flag in ours for other in torchruns if other.startswith(flag)] == []
+
+
+def test_a_flags_loss_leaves_out_a_files_parts_that_need_a_guide(tmp_path):
+    (tmp_path / "a.toml").write_text('with = ["clip=2", "ld"]\n')
+    for loss, kept in (("tgdpo", ("clip=2", "ld")), ("dpo", ("ld",)), ("simpo", None)):
+        assert options.resolve(["--config", str(tmp_path / "a.toml"), "--loss", loss]).with_ == kept
 
 
 def test_a_contradiction_of_a_file_is_told_by_its_key(tmp_path):

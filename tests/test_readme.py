@@ -39,6 +39,12 @@ def world(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def _in_the_root(monkeypatch):
+    """Where the README's commands are given, wherever pytest is."""
+    monkeypatch.chdir(ROOT)
+
+
 def test_there_are_commands_to_run():
     assert [] in COMMANDS and len(COMMANDS) >= 5
     assert len(commands(train.__doc__)) >= 5

@@ -386,6 +386,18 @@ def test_distributions_hold_every_token(tmp_path):
     assert [sum(y is not None for y in series["y"]) for series in chart["series"]] == [24, 24]
 
 
+def test_what_was_added_to_the_loss_is_told(tmp_path):
+    plain = report.gather(make_run(tmp_path))
+    with open(tmp_path / "config.toml", "a") as file:
+        file.write('with = ["length", "clip=2"]\ncentre_guidance = true\nlora_rank = 4\n')
+    data = report.gather(tmp_path)
+    assert data["about"].startswith(
+        "TGDPO with β 0.1, α 0.5, parts length clip=2, centred guidance, adapters of rank 4"
+    )
+    assert "less its mean under the reference" in data["meaning"] and "clamped" in data["meaning"]
+    assert "parts" not in plain["about"] and "mean" not in plain["meaning"]
+
+
 def test_curves_by_stage(tmp_path):
     make_run(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:  # a resumed run writes its last steps again

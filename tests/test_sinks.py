@@ -169,6 +169,34 @@ def test_a_package_that_is_absent_is_one_line(name, world, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sink_that_does_not_begin_costs_no_earlier_result(world, tmp_path, monkeypatch, capfd):
+    """wandb without a login, say: --overwrite removes nothing before; where it begins, all but its own folder."""
+    given = arguments(world, tmp_path / "out", "--loss", "dpo", "--max-steps", 1)
+    assert train.main(given) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    before.pop(tmp_path / "out/.lock")
+
+    class Begun:
+        def __init__(self, out, settings):
+            os.mkdir(f"{out}/wandb")
+
+        def write(self, row):
+            pass
+
+        close = dict
+
+    def refused(out, settings):
+        raise RuntimeError("no login")
+
+    monkeypatch.setattr(sinks, "check", lambda names: None)
+    for kind, status in ((refused, 2), (Begun, 0)):
+        monkeypatch.setitem(sinks.KINDS, "wandb", kind)
+        assert train.main([*given, "--overwrite", "--log-to", "wandb"]) == status
+        assert status == 0 or all(path.read_bytes() == content for path, content in before.items())
+    assert (tmp_path / "out/wandb").is_dir()
+    assert "--log-to wandb: no login; mend that, or leave it out" in capfd.readouterr().err
+
+
 def test_a_name_of_no_sink_is_refused(capfd):
     assert train.main(["--log-to", "tensorbord"]) == 2
     assert (
