@@ -252,11 +252,8 @@ def test_study_in_its_quick_form(tmp_path, capsys):
     assert study.main(arguments) == 0
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
-    assert f"{len(arms)}/{len(arms)}" in told and f"{len(arms) - 1}/" not in told
-    again, before = json.loads((work / "study.jsonl").read_text().splitlines()[-1]), json.loads(lines[-1])
-    assert again["arm"] == before["arm"] and len(again["curve"]) == len(before["curve"]) == 1
-    for name in ("loss", "chosen", "rejected"):  # samples may differ by a token that rounding decides
-        assert again["curve"][0][name] == pytest.approx(before["curve"][0][name], abs=1e-4)
+    assert f"{len(arms)}/{len(arms)}" in told and f"{len(arms) - 1}/{len(arms)}" not in told
+    assert json.loads((work / "study.jsonl").read_text().splitlines()[-1]) == json.loads(lines[-1])
     page = (tmp_path / "STUDY.md").read_text()
     assert all(f"| {name} |" in page for name in arms if " with " not in name and name != "ExPO")
     assert "| ExPO, factor 1.5 |" in page and "| clip |" in page
