@@ -30,15 +30,12 @@ from runtime import options as option_table
 if __name__ == "__main__":
     option_table.answer_early(sys.argv[1:])  # --help and a mistyped option need no torch
 
-import dataclasses
 import gc
-import shlex
 import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -47,21 +44,17 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import model
 import tgdpo
-from ends.answers import answer, gold_figures, write_samples
-from ends.inputs import read_inputs
-from files.card import model_card
 from files.errors import BadInput, some
-from files.export import as_used, save_model, tokenizer_files
-from files.tokenizer import ChatTokenizer
-from files.weights import check_finite
-from runtime import cache, checkpoint, disk, flops, gpu, lora, memory, outdir, preview, process_group, results, signals
-from runtime import sinks as sink_files
+from kernels.log_probs import token_divergences
+from runtime import cache, checkpoint, flops, lora, outdir, preview, process_group, results, sinks
+from runtime.answers import answer, write_samples
 from runtime.failures import RunFailed, Stopped, complain
+from runtime.inputs import read_inputs
 from runtime.losses import LOSSES
-from runtime.metrics import Metrics
 from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Progress, say, shown, words
+from runtime.run import begin, export
 from runtime.shards import local_rows
 from runtime.tally import Tally
 from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
@@ -77,28 +70,6 @@ except ImportError:
 
 FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
 DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
-SETTINGS = (
-    "loss beta alpha gamma guide_beta lr epochs batch_size warmup_ratio schedule weight_decay max_grad_norm seed"
-).split()
-
-
-class Run(NamedTuple):
-    """What every part of a run shares."""
-
-    options: option_table.Options
-    out: str
-    rank: int
-    world: int
-    device: torch.device
-    mesh: dist.DeviceMesh
-    dtype: torch.dtype  # of the computation; master weights, gradients' sums and log-probs are float32
-    plan: memory.Plan  # micro_tokens, activation checkpointing, compile
-    signals: signals.Signals
-    metrics: Metrics
-    samples: Metrics
-    identity: dict  # what a checkpoint must agree with: data, model, loss, template, settings
-    beside: tuple  # what as_used gives for an exported model: config.json, and the texts that change beside it
-    tokenizer: ChatTokenizer
 
 
 class Stage(NamedTuple):
@@ -153,29 +124,6 @@ def release(run):
         torch.cuda.empty_cache()
 
 
-def export(run, net, directory, source, loss):
-    """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
-    shapes, adapters = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}, lora.names(net)
-    shapes = {name: shape for name, shape in shapes.items() if name not in adapters}
-    stream = lora.merged(net, run.dtype, run.rank == 0)
-    width = 4 if run.dtype == torch.float32 else 2
-
-    def write():
-        outdir.check(run.out)
-        disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
-        (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
-        card = model_card(loss, run.options.model, run.options.data, source, command)
-        copies = tokenizer_files(source)
-        save_model(directory, config, shapes, stream, run.dtype, copies, texts | {"README.md": card})
-
-    def drain():
-        for _ in stream:
-            pass
-
-    on_rank_0(write, meanwhile=drain)  # the others gather along, even where rank 0 fails half way
-    say(f"exported: {directory}", run.rank)
-
-
 # ----------------------------------------------------------------------------------- log-probs and the guidance
 
 
@@ -207,13 +155,6 @@ def scored(pair):
     return len(pair.chosen) + len(pair.rejected)
 
 
-def gathered(run, share):
-    """[rank 0's share, rank 1's, ...]. Collective."""
-    shares = [None] * run.world
-    dist.all_gather_object(shares, share)
-    return shares
-
-
 def packs_of(run, pairs):
     """This rank's packs for a pass over the pairs: lists of indices, as many on every rank. Dealt some thousands at a
     time, as the deal of n pairs to n packs takes n² log n."""
@@ -236,7 +177,7 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
             logp = net(pack.tokens, pack).cpu()  # [R]
         else:
             both = (*net(pack.tokens, pack, states=True), *guide(pack.tokens, pack, states=True))
-            logp = model.token_divergences(*both).cpu()  # [R]
+            logp = token_divergences(*both).cpu()  # [R]
             del both
         if indices:
             mine |= zip(indices, (part.clone() for part in logp.split([scored(pairs[i]) for i in indices])))
@@ -245,7 +186,7 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
     bar.close()
     for model_read in filter(None, (net, guide)):
         model_read.reshard()  # without a backward pass the root would stay gathered
-    found = {index: logp for share in gathered(run, mine) for index, logp in share.items()}
+    found = {index: logp for share in on_all_ranks(lambda: mine) for index, logp in share.items()}
     return [found[index] for index in range(len(pairs))]
 
 
@@ -265,20 +206,24 @@ def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
         )
     )
     title = f"log-probs of the {kind}" if guide is None else "divergences of the reference from the guide"
-    where, lengths = os.path.join(run.out, "cache"), [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    where, lengths = os.path.join(run.out, "cache"), list(map(scored, pairs))
     found = on_rank_0(lambda: cache.read(where, kind, key, sum(lengths), say))
     if found is not None:
         say(f"{title} are in the cache: {kind}-{key}", run.rank)
         return list(found.split(lengths))
     net, second = sharded(directory, run, frozen=True), guide and sharded(guide, run, frozen=True)
-    found = log_probs(run, net, pairs, title, **({"guide": second} if second else {}))
+    found = log_probs(run, net, pairs, title, guide=second)
     del net, second
     release(run)
     wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
     if wrong:
         raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
-    on_rank_0(lambda: outdir.check(run.out))
-    on_rank_0(lambda: cache.write(where, kind, key, torch.cat(found)))
+
+    def keep():
+        outdir.check(run.out)
+        cache.write(where, kind, key, torch.cat(found))
+
+    on_rank_0(keep)
     return found
 
 
@@ -398,7 +343,7 @@ def refuse_not_finite(run, row, stage, batch, losses):
         for i, value in zip(indices, values.tolist())
         if not np.isfinite(value)
     ]
-    wrong = [source for share in gathered(run, wrong) for source in share]
+    wrong = [source for share in on_all_ranks(lambda: wrong) for source in share]
     if wrong:
         raise RunFailed(f"the loss is not finite on {some(wrong)}")
     raise RunFailed(f"the gradient is not finite; the step's pairs are {some([stage.pairs[i].source for i in batch])}")
@@ -483,9 +428,9 @@ def whole_run(options, ranks, out):
     """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
     if options.with_ and not neighbours:
         raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
-    on_rank_0(lambda: sink_files.check(options.log_to))
-    inputs = read_inputs(options)
-    run = begin(options, ranks, out, inputs)
+    on_rank_0(lambda: sinks.check(options.log_to))
+    inputs = read_inputs(options, model.check, data.load_pairs, data.held_back)
+    run = begin(options, ranks, out, inputs, model.read_config, data.fingerprint, size)
     if run is None:  # it was shown, or it is over
         return
     pairs, eval_pairs, needs = inputs.pairs, inputs.eval_pairs, LOSSES[options.loss].tensors
@@ -505,79 +450,6 @@ def whole_run(options, ranks, out):
     policy, answers = train_policy(run, inputs, Stage(options.loss, pairs, eval_pairs, ref, centred))
     release(run)
     tell_results(run, inputs, {"ref": ref, "guide": guide, "centre": centre, "policy": policy}, answers, guide_source)
-
-
-def describe(options, inputs, dtype):
-    """What makes a run this run and no other: a checkpoint of another is refused, naming what differs."""
-    return {name: getattr(options, name) for name in SETTINGS} | {
-        "with": read(options.with_) or None,
-        "centred guidance": options.centre_guidance or None,
-        "max steps": options.max_steps or None,
-        "lora rank": options.lora_rank or None,
-        "lora alpha": options.lora_alpha if options.lora_rank else None,
-        "data": data.fingerprint(inputs.pairs),
-        "evaluation data": data.fingerprint(inputs.eval_pairs),
-        "chat template": inputs.tokenizer.digest,
-        "dtype": str(dtype),
-        "model": cache.weights_digest(inputs.source),
-        "guide": inputs.guide and cache.weights_digest(inputs.guide),
-    }
-
-
-def begin(options, ranks, out, inputs):
-    """The run, laid out and written down in `out`. None where nothing is to be done: with --dry-run it is shown, and
-    what --resume finds ended well with --keep 0 is said to be."""
-    dtype = gpu.compute_type(ranks.device, options.dtype)
-    config, (source, guide, _, pairs, eval_pairs, counts) = model.read_config(inputs.source), inputs
-    plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
-    contexts = {name: model.read_config(name).max_position_embeddings for name in (source, guide) if name}
-    beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
-    ahead = [] if options.dry_run else preview.stages(options, len(pairs))
-    for line in ahead + preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
-        say(line, ranks.rank)
-    if options.dry_run:
-        on_rank_0(lambda: preview.show(options, inputs.tokenizer, pairs, eval_pairs, counts, plan, ranks.world, config))
-        return None
-
-    sinks = sink_files.Sinks(out, options.log_to)
-    process_group.held.callback(sinks.close)
-
-    def write_down():
-        identity = describe(options, inputs, dtype)
-        if options.resume and results.is_over(out, identity):
-            return None
-        results.foresee_space(out, options, config, dtype.itemsize, pairs, eval_pairs)
-        if options.overwrite and outdir.results_in(out):
-            for directory in filter(None, (source, guide)):
-                check_finite(directory)  # before what stands there is removed for it
-            sinks.open(dataclasses.asdict(options))  # and so does what one of them may refuse
-            outdir.clear(out, options)
-        results.begin(out, options, identity, counts, plan, ranks)
-        return identity
-
-    identity = on_rank_0(write_down)
-    if identity is None:
-        return None
-    on_rank_0(lambda: sinks.open(dataclasses.asdict(options)))
-    logs = [Metrics(os.path.join(out, name), ranks.rank, sinks) for name in ("metrics.jsonl", "samples.jsonl")]
-    return Run(options, out, *ranks[:3], mesh, dtype, plan, ranks.signals, *logs, identity, beside, inputs.tokenizer)
-
-
-def lay_out(options, ranks, config, dtype, longest):
-    """-> the memory plan and the mesh of ranks: one shard group, or with --hsdp N copies of groups of N."""
-    group, kind = options.hsdp or ranks.world, ranks.device.type
-    if ranks.world % group:
-        raise BadInput(f"--hsdp {group}: {ranks.world} ranks do not divide into groups of {group}")
-    room = torch.cuda.get_device_properties(ranks.device).total_memory if kind == "cuda" else 0
-    compiled, why_not = options.compile, gpu.why_no_compile(kind) if options.compile or kind == "cuda" else None
-    if compiled and why_not:
-        raise BadInput(f"--compile: {why_not}; install it, or leave --compile out")
-    if kind == "cuda" and compiled is None and why_not:
-        say(f"not compiled, which would be faster: {why_not}", ranks.rank)
-    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room, kind == "cuda" and not why_not)
-    if options.hsdp:
-        return plan, dist.init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("copies", "shards"))
-    return plan, dist.init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shards",))
 
 
 def train_guide(run, inputs, ref):
@@ -653,16 +525,25 @@ def tell_results(run, inputs, logps, answers, guide_source):
     part = slice(len(inputs.pairs), None) if inputs.eval_pairs else slice(len(logps["policy"]))
     logps |= {name: logps[name] and logps[name][part] for name in ("ref", "guide", "centre")}
     pairs = (inputs.eval_pairs or inputs.pairs)[: len(logps["policy"])]
-    judgements, gold = judged(run.options, pairs, logps), {}
+    judgements = judged(run.options, pairs, logps)
     run.signals.finish()
-    if run.options.model == str(option_table.TINY / "model"):
-        models = {"ref": inputs.source, "guide": guide_source, "policy": os.path.join(run.out, "policy")}
-        gold = on_rank_0(lambda: gold_figures(inputs, models, run.options.sample_tokens))
+    bundled = run.options.model == str(option_table.TINY / "model")
+    gold = on_rank_0(lambda: true_rewards(run, inputs, guide_source)) if bundled else {}
     on_rank_0(lambda: results.finish(run.out, run.options, inputs.tokenizer, pairs, judgements, answers, gold))
     if report:
         on_rank_0(lambda: report.write(run.out))
         say(f"the page:   {os.path.join(run.out, 'report.html')}", run.rank)
     on_rank_0(lambda: results.end(run.out, run.options))
+
+
+def true_rewards(run, inputs, guide_source):
+    """What the bundled example knows of its models' replies, for the table; {} without the folder examples/."""
+    try:
+        from examples.tiny.gold import gold_figures
+    except ImportError:
+        return {}
+    models = {"ref": inputs.source, "guide": guide_source, "policy": os.path.join(run.out, "policy")}
+    return gold_figures(inputs, models, run.options.sample_tokens)
 
 
 def main(argv=None):

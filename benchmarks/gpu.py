@@ -38,6 +38,8 @@ import workload
 import data
 import model as transformer
 import train as trainer
+from kernels import attention as attention_kernels
+from kernels import log_probs as log_prob_kernels
 from runtime import flops
 
 TINY = HERE.parent / "examples" / "tiny"
@@ -150,7 +152,7 @@ def dense(q, k, v, pack, window):
         keys, values = (x[rows].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("nhd,mhd->hnm", queries, keys) / q.shape[2] ** 0.5
         positions = torch.arange(len(rows) - len(queries), len(rows), device=q.device)
-        mask = transformer.causal_mask(positions[None], len(rows), window)[0]
+        mask = attention_kernels.causal_mask(positions[None], len(rows), window)[0]
         out.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~mask, -math.inf).softmax(-1), values))
     return torch.cat(out)
 
@@ -175,7 +177,7 @@ def check_log_probs(device):
     expected_grads = torch.autograd.grad(expected, wide, grad.double())
     for rows in (64, 1000):
         for compiled in (False, True):
-            found = transformer._TokenLogProbs.apply(*inputs, targets, rows, compiled)
+            found = log_prob_kernels._TokenLogProbs.apply(*inputs, targets, rows, compiled)
             grads = torch.autograd.grad(found, inputs, grad)
             worst = max(worst, off(found, expected), *map(off, grads, expected_grads))
     return worst, limit
@@ -430,13 +432,13 @@ def measure_log_probs(options):
 
     def function(chunk, compiled):
         hidden.grad = weight.grad = None
-        transformer._TokenLogProbs.apply(hidden, weight, targets, chunk, compiled).backward(grad)
+        log_prob_kernels._TokenLogProbs.apply(hidden, weight, targets, chunk, compiled).backward(grad)
 
     for chunk in (16, 64) if options.small else (256, 1024, 2048, 4096):
         for compiled in (False, True):
             times = {"bare": [], "function": []}
             for _ in range(6):
-                timed(times["bare"], options.device, bare, transformer._equal_slices(R, chunk))
+                timed(times["bare"], options.device, bare, attention_kernels.equal_slices(R, chunk))
                 timed(times["function"], options.device, function, chunk, compiled)
             function_ms, bare_ms = (1000 * statistics.median(times[name][1:]) for name in ("function", "bare"))
             found.append((chunk, compiled, function_ms, bare_ms))
@@ -507,7 +509,7 @@ def ablate(options, directory, pairs, compiled):
             attempt(
                 f"logits in chunks of {rows} tokens",
                 "1; more below 2048" if not options.small else "",
-                put={(transformer, "chunk_tokens"): lambda *given, rows=rows: rows},
+                put={(log_prob_kernels, "chunk_tokens"): lambda *given, rows=rows: rows},
             )
         for tokens in sizes:
             attempt(f"packs of {tokens} tokens", "1; more when small", run.plan._replace(micro_tokens=tokens))

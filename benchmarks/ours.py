@@ -16,6 +16,7 @@ import model
 import train as trainer
 from runtime import options as option_table
 from runtime import process_group
+from runtime.run import Run, lay_out
 
 LR = 1e-4
 
@@ -46,7 +47,7 @@ def policy(run, directory):
 
 @contextlib.contextmanager
 def a_run(directory, pairs, device="cpu", **options):
-    """A train.Run of the model in `directory` on a process group of its own, whose files vanish with it."""
+    """A Run of the model in `directory` on a process group of its own, whose files vanish with it."""
     words = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -56,9 +57,9 @@ def a_run(directory, pairs, device="cpu", **options):
     try:
         dtype = torch.bfloat16 if device == "cuda" and options.dtype != "float32" else torch.float32
         longest = max(trainer.size(pair) for pair in pairs)
-        plan, mesh = trainer.lay_out(options, ranks, model.read_config(directory), dtype, longest)
+        plan, mesh = lay_out(options, ranks, model.read_config(directory), dtype, longest)
         with tempfile.TemporaryDirectory() as out:
-            yield trainer.Run(
+            yield Run(
                 options,
                 out,
                 ranks.rank,

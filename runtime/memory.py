@@ -6,15 +6,14 @@ What an allocator keeps of freed memory comes on top: on CPU it may more than do
 
 from typing import NamedTuple
 
+from kernels.attention import SCORES
+from kernels.log_probs import CPU_LOGITS, CUDA_LOGITS, KEPT
 from runtime import container
 
 CPU_TOKENS = 1024  # tokens of a micro-batch on CPU: fixed, so that another machine repeats a run; more gain nothing
 CUDA_TOKENS = 16384  # and at most on CUDA; larger packs gain nothing
 ENOUGH_TOKENS = 4096  # on CUDA: rather than with fewer, activations are computed again
 SHARE = 0.85  # of a GPU's memory that the plan may fill; the rest is for fragments, the library
-CUDA_LOGITS, CPU_LOGITS = 1 << 30, 32 << 20  # float32 logits made at once: model.chunk_tokens' budgets
-KEPT = 4  # model.KEPT
-SCORES = 1 << 22  # of capped attention, alive at once: model.SCORES
 GPU = 80 * 10**9  # a GPU's memory, for the table of a machine that has none
 TABLE = (1, 2, 4, 8, 16, 32, 64)  # numbers of ranks
 

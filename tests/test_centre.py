@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_train import SETTINGS, load, metrics, run, sequence, tokens_of
 from tiny_world import make_checkpoint, make_pairs
 
-import model
 import train
+from kernels import log_probs as log_prob_kernels
 from runtime import options
 
 BETA = 0.3
@@ -19,18 +19,18 @@ BETA = 0.3
 
 @pytest.mark.parametrize("most", [1, 3, 1000])
 def test_divergences_are_those_of_whole_logits(most, monkeypatch):
-    monkeypatch.setattr(model, "chunk_tokens", lambda vocab, device: 2 * most)
+    monkeypatch.setattr(log_prob_kernels, "chunk_tokens", lambda vocab, device: 2 * most)
     draw = torch.Generator().manual_seed(0)
     make = lambda *shape: 2 * torch.randn(*shape, generator=draw, dtype=torch.float64)
     for R in (0, 1, 7):
         p, q = (make(R, 5), make(11, 5), 2.0), (make(R, 3), make(11, 3), None)  # hidden, head, cap; another width
-        ours = model.token_divergences(*p, *q)
+        ours = log_prob_kernels.token_divergences(*p, *q)
         log_p = (2.0 * torch.tanh(p[0] @ p[1].t() / 2.0)).log_softmax(-1)
         log_q = (q[0] @ q[1].t()).log_softmax(-1)
         expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-        assert model.token_divergences(*p, *p).abs().max() < 1e-12 if R else True
-        half = model.token_divergences(*(x.bfloat16() if torch.is_tensor(x) else x for x in (*p, *q)))
+        assert log_prob_kernels.token_divergences(*p, *p).abs().max() < 1e-12 if R else True
+        half = log_prob_kernels.token_divergences(*(x.bfloat16() if torch.is_tensor(x) else x for x in (*p, *q)))
         assert half.dtype == torch.float32 and (half - expected).abs().max() < 0.3 * expected.max() if R else True
 
 

@@ -25,9 +25,9 @@ from tiny_world import make_checkpoint, make_pairs
 import data
 import model
 import train
-from ends import inputs
 from files.errors import BadInput
-from runtime import options, results
+from runtime import inputs, metrics, options, results, sampling
+from runtime import run as start
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = ["--loss", "dpo", "--lr", "2e-3", "--batch-size", "4", "--max-length", "128", "--samples", "0"]
@@ -498,9 +498,9 @@ def test_fewer_pairs_than_a_batch_and_than_ranks(world, capfd, tmp_path, out):
 
 def test_samples_are_answered_within_the_memory_plan(world, tmp_path, monkeypatch, out):
     """As many prompts at a time as micro-batches have tokens."""
-    calls, plain = [], model.generate
+    calls, plain = [], sampling.generate
     monkeypatch.setattr(
-        model,
+        sampling,
         "generate",
         lambda net, prompts, new, *rest, **more: (
             calls.append((len(prompts), max(map(len, prompts)) + new)),
@@ -705,7 +705,7 @@ def fault_of_rank_1_in_what_all_do(rank):
 
 
 def fault_of_rank_0_for_all(rank):
-    train.describe = lambda *given: {}["no such key"]
+    start.describe = lambda *given: {}["no such key"]
 
 
 def full_disk_on_rank_0(rank):
@@ -713,7 +713,7 @@ def full_disk_on_rank_0(rank):
         if rank == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    train.Metrics.write = write
+    metrics.Metrics.write = write
 
 
 @pytest.mark.parametrize(

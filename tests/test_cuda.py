@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import model
+from kernels import attention as attention_kernels
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,7 +78,7 @@ def test_the_kernel_is_asked_for_what_the_loop_computes(kind, grouped, monkeypat
     parameters = [p for p in net.parameters() if p.requires_grad]
     expected = net(pack.tokens, pack)
     gradients = torch.autograd.grad(expected.sum(), parameters)
-    signature = inspect.signature(model.varlen.varlen_attn)
+    signature = inspect.signature(attention_kernels.varlen.varlen_attn)
     if grouped != "named":
         left = [p for name, p in signature.parameters.items() if name != "enable_gqa"]
         signature = signature.replace(parameters=left)
@@ -99,9 +100,9 @@ def test_the_kernel_is_asked_for_what_the_loop_computes(kind, grouped, monkeypat
             out.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v[k0:k1]))
         return torch.cat(out)
 
-    monkeypatch.setattr(model, "_one_kernel", lambda q, cap: cap is None)
-    monkeypatch.setattr(model, "NAMES_GROUPS", grouped == "named")
-    monkeypatch.setattr(model.varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(attention_kernels, "_one_kernel", lambda q, cap: cap is None)
+    monkeypatch.setattr(attention_kernels, "NAMES_GROUPS", grouped == "named")
+    monkeypatch.setattr(attention_kernels.varlen, "varlen_attn", kernel)
     found = net(pack.tokens, pack)
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(torch.autograd.grad(found.sum(), parameters), gradients):
@@ -114,9 +115,9 @@ def test_keys_are_repeated_where_no_kernel_groups_them(dtype, masked, on_cuda):
     with on_cuda:
         q, k = (torch.empty(1, heads, 7, 8, dtype=dtype, device="cuda") for heads in (4, 2))
         mask = torch.ones(7, 7, dtype=torch.bool, device="cuda") if masked else None
-        assert [x.shape[1] for x in model._alike(q, k, k, mask)] == [4, 4]
-        assert [x.shape[1] for x in model._alike(q.bfloat16(), k.bfloat16(), k.bfloat16())] == [2, 2]
-        assert model.attention(q, k, k, window=3 if masked else None).shape == q.shape
+        assert [x.shape[1] for x in attention_kernels._alike(q, k, k, mask)] == [4, 4]
+        assert [x.shape[1] for x in attention_kernels._alike(q.bfloat16(), k.bfloat16(), k.bfloat16())] == [2, 2]
+        assert attention_kernels.attention(q, k, k, window=3 if masked else None).shape == q.shape
 
 
 @pytest.mark.parametrize("recompute", [(False, False), (True, True), (False, True)], ids=("none", "full", "selective"))
@@ -124,7 +125,7 @@ def test_packs_of_many_shapes_need_two_graphs_a_kind_of_block(recompute, monkeyp
     def attention(q, k, v, segments, *_):
         """What the one kernel reads, without its values: the loop on a CPU would be no graph."""
         ids = (segments.keys, segments.first, segments.shared, segments.second)
-        k, v = (model._GatherKeys.apply(x, *ids) for x in (k, v))
+        k, v = (attention_kernels._GatherKeys.apply(x, *ids) for x in (k, v))
         return q * k.mean() + v.mean() * segments.max_q / segments.max_k
 
     monkeypatch.setattr(model, "packed_attention", attention)

@@ -124,8 +124,8 @@ def nan_guide(rank):
 
     plain = train.log_probs
 
-    def broken(run, net, pairs, title):
-        found = plain(run, net, pairs, title)
+    def broken(run, net, pairs, title, **more):
+        found = plain(run, net, pairs, title, **more)
         if "guide" in title:
             found[2][0] = float("nan")
         return found

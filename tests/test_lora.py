@@ -19,7 +19,7 @@ import data
 import model
 import train
 from files.config import ARCHITECTURES
-from runtime import lora, options
+from runtime import lora, options, sampling
 
 RANK, ALPHA = 3, 12.0
 RECIPES = pathlib.Path(__file__).parent.parent / "recipes"
@@ -70,7 +70,7 @@ def test_the_adapters_of_every_architecture(kind, tmp_path, monkeypatch):
     assert (logp - plain(pack.tokens, pack)).abs().max() < 1e-9
     assert (logp - model.load_model(directory, torch.float64)(pack.tokens, pack)).abs().max() > 1e-2
     prompts = [[5, 6, 7], [8, 9]]
-    assert model.generate(net, prompts, 6, {1}) == model.generate(plain, prompts, 6, {1})
+    assert sampling.generate(net, prompts, 6, {1}) == sampling.generate(plain, prompts, 6, {1})
 
     weights = torch.randn(len(logp), dtype=torch.float64)
     (weights @ logp).backward()

@@ -47,8 +47,8 @@ def test_the_users_allocator_settings_stay():
 
 
 def test_without_a_compiler_or_headers_nothing_is_compiled(monkeypatch):
-    import train
     from runtime import options, process_group
+    from runtime.run import lay_out
 
     assert gpu.why_no_compile("cpu") is None
     with monkeypatch.context() as patch:
@@ -58,7 +58,7 @@ def test_without_a_compiler_or_headers_nothing_is_compiled(monkeypatch):
     assert gpu.why_no_compile("cuda") == "there is no C compiler (such as gcc)"
     ranks = process_group.Ranks(0, 1, torch.device("cpu"), None, 1)
     with pytest.raises(BadInput, match=r"--compile: there is no C\+\+ compiler"):
-        train.lay_out(options.resolve(["--compile"]), ranks, None, torch.float32, 100)
+        lay_out(options.resolve(["--compile"]), ranks, None, torch.float32, 100)
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

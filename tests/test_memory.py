@@ -17,6 +17,8 @@ import torch
 from tiny_world import make_tokenizer
 
 import model
+from kernels import attention as attention_kernels
+from kernels import log_probs as log_prob_kernels
 from runtime import container, lora, memory
 from runtime.options import Options
 
@@ -50,13 +52,13 @@ LLAMA_1B = LLAMA_8B | {
 
 
 def test_the_plan_counts_the_logits_and_scores_that_are_made():
-    assert model.SCORES == memory.SCORES
-    assert memory.KEPT == model.KEPT
+    assert attention_kernels.SCORES == memory.SCORES
+    assert memory.KEPT == log_prob_kernels.KEPT
     for device, planned in (("cpu", memory.CPU_LOGITS), ("cuda", memory.CUDA_LOGITS)):
         assert (
-            model.chunk_tokens(128256, device) * 128256 * 4
+            log_prob_kernels.chunk_tokens(128256, device) * 128256 * 4
             <= planned
-            < (model.chunk_tokens(128256, device) + 1) * 128256 * 4
+            < (log_prob_kernels.chunk_tokens(128256, device) + 1) * 128256 * 4
         )
 
 

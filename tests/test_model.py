@@ -15,6 +15,9 @@ import data
 import model
 from files.config import ARCHITECTURES
 from files.export import save_model
+from kernels import attention as attention_kernels
+from kernels import log_probs as log_prob_kernels
+from runtime import sampling
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,7 +93,7 @@ def test_logits_equal_transformers(kind, tmp_path):
     with torch.no_grad():
         assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
         last = torch.tensor([3, 39, 0])
-        cache = model.Cache(last + 1, 40)
+        cache = sampling.Cache(last + 1, 40)
         torch.testing.assert_close(ours(tokens, cache=cache), ours(tokens)[torch.arange(3), last], atol=1e-5, rtol=0)
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if kind != "llama3 rope" else 5)
 
@@ -199,7 +202,7 @@ def test_packed_attention_equals_one_dense_mask(window, scale, cap, monkeypatch)
             if p == other and other_side in (0, side) and j <= i:
                 distance = int(pack.positions[i] - pack.positions[j])
                 sees[i, j] = window is None or distance < window
-    monkeypatch.setattr(model, "SCORES", 40)  # one query at a time, or few
+    monkeypatch.setattr(attention_kernels, "SCORES", 40)  # one query at a time, or few
     scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(2, 1)) * (scale or 8**-0.5)
     if cap:
         scores = cap * torch.tanh(scores / cap)
@@ -232,7 +235,7 @@ def test_token_log_probs_gradcheck(most, cap, keep):
     hidden = torch.randn(10, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(13, 6, dtype=torch.float64, generator=generator, requires_grad=True)
     targets = torch.randint(0, 13, (10,), generator=generator)
-    apply = lambda h, w: model._TokenLogProbs.apply(h, w, targets, most, False, cap, keep)
+    apply = lambda h, w: log_prob_kernels._TokenLogProbs.apply(h, w, targets, most, False, cap, keep)
     assert torch.autograd.gradcheck(apply, (hidden, weight))
     logits = hidden @ weight.T if cap is None else cap * torch.tanh(hidden @ weight.T / cap)
     expected = logits.log_softmax(-1)[torch.arange(10), targets]
@@ -241,7 +244,7 @@ def test_token_log_probs_gradcheck(most, cap, keep):
 
 def test_token_log_probs_of_nothing_are_connected():
     hidden, weight = torch.zeros(0, 6, requires_grad=True), torch.zeros(13, 6, requires_grad=True)
-    model.token_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long)).sum().backward()
+    log_prob_kernels.token_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long)).sum().backward()
     assert hidden.grad.shape == (0, 6) and torch.equal(weight.grad, torch.zeros(13, 6))
 
 
@@ -249,7 +252,7 @@ def test_token_log_probs_in_bfloat16_keep_float32_from_the_logits_on():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16().requires_grad_() for n in (20, 50))
     targets = torch.randint(0, 50, (20,), generator=generator)
-    found = model.token_log_probs(hidden, weight, targets)
+    found = log_prob_kernels.token_log_probs(hidden, weight, targets)
     exact = (hidden @ weight.T).float().log_softmax(-1)[torch.arange(20), targets]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=0)
@@ -259,7 +262,7 @@ def test_token_log_probs_in_bfloat16_keep_float32_from_the_logits_on():
 
 def test_chunks_are_near_equal_and_cover_all_tokens():
     for count in (0, 1, 7, 100, 1025):
-        slices = model._equal_slices(count, 64)
+        slices = attention_kernels.equal_slices(count, 64)
         assert [i for s in slices for i in range(s.start, s.stop)] == list(range(count))
         assert all(1 <= s.stop - s.start <= 64 for s in slices)
         assert len({s.stop - s.start for s in slices}) <= 2
@@ -282,9 +285,9 @@ def test_generate_takes_the_likeliest_token_and_stops(tmp_path):
                 pad_token_id=0,
             )[0, len(prompt) :].tolist()
         )
-    assert model.generate(ours, prompts, 8, stop=set()) == expected
+    assert sampling.generate(ours, prompts, 8, stop=set()) == expected
     stop = expected[0][2]
-    assert model.generate(ours, prompts[:1], 8, stop={stop}) == [expected[0][: expected[0].index(stop) + 1]]
+    assert sampling.generate(ours, prompts[:1], 8, stop={stop}) == [expected[0][: expected[0].index(stop) + 1]]
 
 
 RAGGED = [[1, 5, 9, 4, 8, 3, 2, 7, 6, 9, 9], [1, 7], [4], [3, 3, 3, 3, 3, 3]]
@@ -303,11 +306,11 @@ def test_sampling_equals_running_all_again_each_step(kind, temperature, prompts,
         net, prompts, 12, stop, temperature, torch.Generator().manual_seed(5), **more
     )
     whole = draw(rerun.generate, set())
-    assert draw(model.generate, set()) == whole and all(len(reply) == 12 for reply in whole)
+    assert draw(sampling.generate, set()) == whole and all(len(reply) == 12 for reply in whole)
     stop = {whole[0][4], whole[1][1]}
     expected = draw(rerun.generate, stop)
     assert len({len(reply) for reply in expected}) > 1
-    assert draw(model.generate, stop) == draw(model.generate, stop, stop_early=False) == expected
+    assert draw(sampling.generate, stop) == draw(sampling.generate, stop, stop_early=False) == expected
 
 
 def test_sampling_stops_when_all_have_ended_and_only_there(tmp_path):
@@ -316,8 +319,8 @@ def test_sampling_stops_when_all_have_ended_and_only_there(tmp_path):
     net, steps = model.load_model(tmp_path), []
     net.register_forward_hook(lambda *_: steps.append(1))
     everything = set(range(101))
-    assert [len(reply) for reply in model.generate(net, RAGGED, 5, everything)] == [1] * 4 and len(steps) == 1
-    assert [len(reply) for reply in model.generate(net, RAGGED, 5, everything, stop_early=False)] == [1] * 4
+    assert [len(reply) for reply in sampling.generate(net, RAGGED, 5, everything)] == [1] * 4 and len(steps) == 1
+    assert [len(reply) for reply in sampling.generate(net, RAGGED, 5, everything, stop_early=False)] == [1] * 4
     assert len(steps) == 6
 
 

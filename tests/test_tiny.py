@@ -15,7 +15,7 @@ import model
 import train
 from examples.tiny import language, make
 from files.tokenizer import load_tokenizer
-from runtime import options
+from runtime import options, sampling
 
 TINY = Path(make.__file__).parent
 
@@ -137,7 +137,7 @@ def test_labels_follow_the_gold_reward_with_noise():
 
 def test_samples_of_the_committed_model_are_of_the_language(network, speaker):
     asked = random.Random(2).sample(sorted(speaker.prompts), 64)
-    drawn = model.generate(
+    drawn = sampling.generate(
         network,
         [speaker.prompts[question] for question in asked],
         make.LONGEST_REPLY,
@@ -157,7 +157,7 @@ def test_sampling_with_a_cache_equals_plain_reruns(network, speaker, temperature
     prompts += [[5, 6, 7], [0]]  # of very different lengths
     drawn = [
         draw(network, prompts, 40, {make.END}, temperature, torch.Generator().manual_seed(7))
-        for draw in (rerun.generate, model.generate)
+        for draw in (rerun.generate, sampling.generate)
     ]
     assert drawn[0] == drawn[1]
     assert len({len(ids) for ids in drawn[0]}) > 1 and any(ids[-1] == make.END for ids in drawn[0])

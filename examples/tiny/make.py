@@ -24,6 +24,7 @@ from examples.tiny import language
 from files.export import save_model
 from files.template import ChatTemplate
 from files.tokenizer import load_tokenizer
+from runtime import sampling
 
 HERE = Path(__file__).parent
 CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -156,7 +157,7 @@ def preference_pairs(network, speaker, questions, rng, batch=256):
     for start in range(0, len(questions), batch):
         asked = questions[start : start + batch]
         twice = [speaker.prompts[question] for question in asked for _ in range(2)]
-        texts = speaker.texts(model.generate(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
+        texts = speaker.texts(sampling.generate(network, twice, LONGEST_REPLY, {END}, TEMPERATURE, generator))
         for question, first, second in zip(asked, texts[::2], texts[1::2]):
             if first is None or second is None or first == second:
                 continue

@@ -33,8 +33,9 @@ import model
 import tgdpo
 import train
 from examples.tiny import language, make
+from kernels import log_probs as log_prob_kernels
 from runtime import options as option_table
-from runtime import process_group
+from runtime import process_group, sampling
 from runtime.failures import RunFailed
 from runtime.parts import PARTS
 
@@ -180,7 +181,7 @@ class Lab:
         all models), and the log-ratios of the held-out pairs. kl is per reply, exact at each state of the samples."""
         generator, asked = torch.Generator().manual_seed(0), self.prompts[::every]
         prompts = [p for p in asked for _ in range(2)]
-        replies = model.generate(net, prompts, SETTINGS["longest"], self.ends, 1.0, generator)
+        replies = sampling.generate(net, prompts, SETTINGS["longest"], self.ends, 1.0, generator)
         arrays = [np.array(ids, np.int32) for ids in replies]
         pairs = [data.Pair(np.array(p, np.int32), *arrays[2 * i : 2 * i + 2], "") for i, p in enumerate(asked)]
         moved = [m - r for m, r in zip(logps(net, self.held_out), self.held_out_ref)]
@@ -204,7 +205,7 @@ class Lab:
             sample = lambda starts: [
                 reply
                 for k in range(0, len(starts), 512)
-                for reply in model.generate(
+                for reply in sampling.generate(
                     self.ref, starts[k : k + 512], SETTINGS["longest"], self.ends, 1.0, generator
                 )
             ]
@@ -264,7 +265,7 @@ def logps(net, pairs):
 def divergences(net, other, pairs):
     """KL(net || other) at the state of each token."""
     states = lambda one, pack: one(pack.tokens, pack, states=True)
-    return per_pair(pairs, lambda pack: model.token_divergences(*states(net, pack), *states(other, pack)))
+    return per_pair(pairs, lambda pack: log_prob_kernels.token_divergences(*states(net, pack), *states(other, pack)))
 
 
 # ------------------------------------------------------------------------------------------------ one training
