@@ -15,10 +15,10 @@ import sys
 import torch
 
 from files.card import add_figures
-from files.errors import BadInput, naming
+from files.errors import BadInput
 from runtime import cache, checkpoint, memory, outdir, preview
 from runtime import options as option_table
-from runtime.disk import content, fsync, remove, stands, unreadable, whole
+from runtime.disk import content, discard, entries, stands, unreadable, whole
 from runtime.losses import GUIDES_LOSS, LOSSES
 from runtime.progress import say
 
@@ -116,9 +116,9 @@ def end(out, options):
     checkpoints = os.path.join(out, "checkpoints")
     if not options.keep:
         write(os.path.join(checkpoints, "finished"), "The run has ended well; --keep 0 left no checkpoint.\n")
-        for name in os.listdir(checkpoints):
+        for name in entries(checkpoints):
             if name != "finished":
-                remove(os.path.join(checkpoints, name))
+                discard(os.path.join(checkpoints, name))
 
 
 def has_guide(out, check):
@@ -237,12 +237,8 @@ def write(path, text):
     """Write a file, whole or not at all."""
     # What the command line has that is no UTF-8 is written as it was.
     outdir.check(os.path.dirname(path))
-    with naming(path), open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
+    with whole(path) as unfinished, open(unfinished, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-    fsync(os.path.dirname(os.path.abspath(path)))
 
 
 def _figures(loss, logps):

@@ -10,6 +10,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on tw
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A directory with a tied start and ten pairs, for whole runs."""
+    from tiny_world import make_checkpoint, make_pairs
+
+    directory = tmp_path_factory.mktemp("world")
+    make_checkpoint(directory / "start", "tied")
+    make_pairs(directory / "pairs.jsonl", 10)
+    return directory
+
+
 def pytest_runtest_setup(item):
     """Skips what is marked @pytest.mark.linux("why") on other systems."""
     mark = item.get_closest_marker("linux")

@@ -33,14 +33,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = ["--loss", "dpo", "--lr", "2e-3", "--batch-size", "4", "--max-length", "128", "--samples", "0"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("world")
-    make_checkpoint(directory / "start", "tied")
-    make_pairs(directory / "pairs.jsonl", 10)
-    return directory
-
-
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"

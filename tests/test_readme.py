@@ -1,6 +1,7 @@
 """What the README shows is run: its commands, its rows, its links. The two commands at its head are what .ci/run and
 whoever clones the project run; here train.py's are started with a small model and small data instead."""
 
+import ast
 import importlib
 import json
 import pathlib
@@ -113,6 +114,29 @@ def test_every_option_that_the_readme_names_exists():
     of_others = {"--nproc", "--nnodes", "--rdzv", "--shutdown-timeout", "--index-url", "--repo-type", "--local-dir"}
     for name in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
         assert name in known or name in of_others, name
+
+
+MAY_IMPORT = {  # what CONTRIBUTING.md's map says: folder or file -> what of the house it stands on
+    "kernels": {"kernels"},
+    "files": {"files"},
+    "runtime": {"runtime", "files", "kernels"},
+    "report": {"report"},
+    "tgdpo.py": set(),
+    "model.py": {"files", "kernels"},
+    "data.py": {"files"},
+    "neighbours": {"neighbours", "tgdpo"},
+}
+
+
+def test_no_import_runs_up():
+    house = {name.removesuffix(".py") for name in MAY_IMPORT} | {"train", "examples", "benchmarks", "tests"}
+    for name, may in MAY_IMPORT.items():
+        for path in [ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    modules = [node.module] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+                    upward = ({module.partition(".")[0] for module in modules if module} & house) - may
+                    assert not upward, f"{path.relative_to(ROOT)}:{node.lineno} imports {', '.join(upward)}"
 
 
 def test_what_the_map_names_exists():

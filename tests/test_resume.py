@@ -191,8 +191,8 @@ def test_what_stood_stands_until_the_new_is_whole(world, tmp_path, monkeypatch):
     """A resumed run that is killed while it writes the settings or the policy again loses neither."""
     out = tmp_path / "out"
     shutil.copytree(world / "whole", out)
-    for name, words, kept in (("replace", "config.toml.tmp", "config.toml"), ("rename", "policy.tmp", "policy.old")):
-        interrupt(monkeypatch, name, words)
+    for words, kept in (("config.toml.tmp", "config.toml"), ("policy.tmp", "policy.old")):
+        interrupt(monkeypatch, "rename", words)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments(world, out, "--resume"))
         monkeypatch.undo()

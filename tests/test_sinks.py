@@ -9,20 +9,11 @@ import struct
 
 import pytest
 from safetensors.torch import load_file
-from tiny_world import make_checkpoint, make_pairs
 
 import train
 from runtime import sinks
 
 SETTINGS = "--beta 0.3 --lr 2e-3 --batch-size 4 --epochs 2 --max-length 128 --samples 2 --sample-tokens 4".split()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("world")
-    make_checkpoint(directory / "start", "tied")
-    make_pairs(directory / "pairs.jsonl", 10)
-    return directory
 
 
 def arguments(world, out, *more):
