@@ -1,6 +1,7 @@
 """Kills whole runs of train.py with SIGKILL, resumes them, and compares the end with a run never stopped.
 
-    python tests/kill_train.py [KILLS] [RANKS] [SEED]      (50 kills of 1 rank unless told otherwise)
+    python tests/kill_train.py [KILLS] [RANKS] [SEED] [OPTION ...]      (50 kills of 1 rank unless told otherwise;
+                                                                        options of train.py, such as --lora-rank 4)
 
 Half of the kills come at a random moment, half at a random access to the output directory: between two
 renames of a save, in an export, in the writing of the cache, at the change of stages. A run that completes is
@@ -110,12 +111,12 @@ def run_and_kill(arguments, out, world, log, seconds=None, touch=None):
     return killed
 
 
-def kill_loop(directory, kills, world=1, seed=0, plan=None):
+def kill_loop(directory, kills, world=1, seed=0, plan=None, more=()):
     """`kills` kills, then on until the run completes. -> (completed runs, what the kills at accesses hit)
 
     plan: what run_and_kill is given, kill by kill; by default random moments and accesses."""
     directory, draw = pathlib.Path(directory), random.Random(seed)
-    arguments, out, log = make_world(directory), directory / "out", directory / "log"
+    arguments, out, log = [*make_world(directory), *more], directory / "out", directory / "log"
     launcher.run(1, ["--help"], log)  # waits for the server
     began = time.monotonic()
     statuses, printed = launcher.run(world, [*arguments, "--out", directory / "whole"], log)
@@ -143,9 +144,9 @@ def kill_loop(directory, kills, world=1, seed=0, plan=None):
 
 if __name__ == "__main__":
     defaults = ["50", "1", str(time.time_ns())]
-    kills, world, seed = map(int, sys.argv[1:] + defaults[len(sys.argv) - 1 :])
+    kills, world, seed = map(int, sys.argv[1:4] + defaults[len(sys.argv) - 1 :])
     place = tempfile.mkdtemp()
-    completed, touches = kill_loop(place, kills, world, seed)
+    completed, touches = kill_loop(place, kills, world, seed, more=sys.argv[4:])
     shutil.rmtree(place)
     kinds = collections.Counter(re.sub(r"\d+", "N", touch) for touch in touches)
     print(

@@ -8,12 +8,15 @@ import json
 import launcher
 import pytest
 import test_memory
+import torch
 from safetensors.torch import load_file
 from test_distributed import assert_same_run
 from test_memory import GEMMA2, QWEN2, QWEN3, VOCABULARY, measure_steps, measured, zeros
 from tiny_world import make_checkpoint, make_pairs
 
+import model
 import train
+from files.export import save_model
 
 SETTINGS = ["--beta", 0.3, "--lr", 2e-3, "--epochs", 2, "--batch-size", 4, "--max-length", 128, "--samples", 0]
 NEW = ["qwen2", "qwen3", "gemma2"]
@@ -50,6 +53,23 @@ def test_ranks_and_stops_change_nothing(kind, tmp_path, capsys):
         assert load_file(files[0][0])
     rows = [[json.loads(row)["loss"] for row in open(tmp_path / run / "metrics.jsonl")] for run in ("whole", "resumed")]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_sharded_export_is_the_model(kind, tmp_path):
+    """Shards of 20 kB: transformers finds every tensor, and the logits are those of the start."""
+    transformers = pytest.importorskip("transformers")
+    start = make_checkpoint(tmp_path / "start", kind)
+    net, raw = model.load_model(start), json.loads((tmp_path / "start" / "config.json").read_text())
+    tensors = dict(net.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stream = ((name, tensor.detach()) for name, tensor in tensors.items())
+    save_model(str(tmp_path / "out"), raw, shapes, stream, torch.float32, shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    tokens = torch.arange(200, 230)[None]
+    assert (theirs(tokens).logits - net(tokens)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
