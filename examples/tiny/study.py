@@ -56,6 +56,7 @@ RIVALS = {
     "DPO from the guide": {"start": True},
     "ExPO": {"factors": (1.5, 2, 3, 4)},  # of the way from the reference through the guide; no training
     "DPO + KL to the guide, α 4": {"distil": 4},
+    "DPO, lr 2.5e-4": {"lr": 2.5e-4},
     "DPO, lr 1e-3": {"lr": 1e-3},
     "DPO, lr 2e-3": {"lr": 2e-3},
     "DPO, reversed labels": {"labels": "reversed"},
@@ -65,11 +66,13 @@ RIVALS = {
     "one f on both sides, α 1": {"alpha": 1, "form": "one f"},
     "one f on both sides, α 4": {"alpha": 4, "form": "one f"},
     "gold token reward as guide, α 4": {"alpha": 4, "form": "gold"},
+    "advantage by rollouts as guide, α 4": {"alpha": 4, "form": "advantage"},
     "guide of 1/8 epoch, α 1": {"alpha": 1, "guide_epochs": 1 / 8},
     "guide of 1/2 epoch, α 1": {"alpha": 1, "guide_epochs": 1 / 2},
     "guide of 3 epochs, α 1": {"alpha": 1, "guide_epochs": 3},
     "guide of 3 epochs, centred, α 1": {"alpha": 1, "centred": True, "guide_epochs": 3},
     "β 0.3: DPO": {"beta": 0.3},
+    "β 0.3: DPO, two epochs": {"beta": 0.3, "epochs": 2},
     "β 0.3: TGDPO, α 1": {"beta": 0.3, "alpha": 1},
     "β 0.3: TGDPO, α 4": {"beta": 0.3, "alpha": 4},
     "β 0.3: centred, α 4": {"beta": 0.3, "alpha": 4, "centred": True},
@@ -81,18 +84,22 @@ PART_ARMS = {  # the parts of --with, with and without the guide
     if alpha or not entry.tgdpo_only
 }
 ARMS = MAIN | RIVALS | PART_ARMS
-CONTROLS = dict(itertools.islice(RIVALS.items(), 8))
+ROLLOUTS = ("advantage by rollouts as guide, α 4",)  # half an hour of rollouts a seed
+CONTROLS = dict(itertools.islice(RIVALS.items(), 9))
+REST = [name for name in RIVALS if name not in CONTROLS and name not in ROLLOUTS]
 # (arms, first seed, last seed), in the order of worth
 ORDER = (
     (MAIN, 0, 3),
     (CONTROLS, 0, 0),
     (PART_ARMS, 0, 0),
     (CONTROLS, 1, 1),
-    (RIVALS, 0, 1),
     (MAIN, 4, 7),
-    (RIVALS, 2, 3),
+    (REST, 0, 1),
+    (REST, 2, 3),
+    (CONTROLS, 2, 3),
+    (ROLLOUTS, 0, 1),
     (PART_ARMS, 1, 3),
-    (RIVALS, 4, 7),
+    (CONTROLS, 4, 7),
 )
 FULL = {"pairs": 4096, "held_out": 256, "prompts": 256, "states": 1024, "rollouts": 16, "order": ORDER}
 QUICK = {
@@ -196,33 +203,55 @@ class Lab:
             "rejected": float(np.mean([l.sum() for _, l in sides])),
         }
 
+    def sample(self, starts, generator):
+        """Replies of the reference at temperature 1, as many at once as are quick."""
+        some = (starts[k : k + 512] for k in range(0, len(starts), 512))
+        return [
+            reply
+            for part in some
+            for reply in sampling.generate(self.ref, part, SETTINGS["longest"], self.ends, 1.0, generator)
+        ]
+
+    def returns(self, prompts, heads, several, generator):
+        """The gold rewards of replies that begin with the heads, the rest sampled: [states, several]."""
+        open_ = [k for k, head in enumerate(heads) if not self.ends & set(head)] * several
+        drawn = set(open_)
+        gold = [[] if k in drawn else [self.gold(head)] * several for k, head in enumerate(heads)]
+        for k, more in zip(open_, self.sample([prompts[k] + heads[k] for k in open_], generator)):
+            gold[k].append(self.gold(heads[k] + more))
+        return np.array(gold)
+
+    def pair_advantages(self, seed):
+        """The advantage of each token of the seed's pairs under the reference, V(s') - V(s) of four rollouts a state:
+        a tensor [C + R] a pair, in a file; and the standard deviation of what is no noise in it."""
+        path = self.work / f"advantages-{seed}.pt"
+        if not path.exists():
+            replies = [(p.prompt.tolist(), ids.tolist()) for p in self.pairs(seed) for ids in (p.chosen, p.rejected)]
+            states = [(prompt, reply[:t]) for prompt, reply in replies for t in range(len(reply) + 1)]
+            order = sorted(range(len(states)), key=lambda k: -len(states[k][1]))  # rollouts of like length together
+            found = np.empty((len(states), 4))
+            found[order] = self.returns(*zip(*(states[k] for k in order)), 4, torch.Generator().manual_seed(2 + seed))
+            value, noise = torch.tensor(found.mean(1)), torch.tensor(found.var(1, ddof=1) / 4)
+            lengths = [len(reply) + 1 for _, reply in replies]
+            steps = [v.diff() for v in value.split(lengths)]
+            signal = torch.cat(steps).var() - torch.cat([n[1:] + n[:-1] for n in noise.split(lengths)]).mean()
+            per_pair = [torch.cat(steps[k : k + 2]).float() for k in range(0, len(steps), 2)]
+            write(path, {"advantages": per_pair, "spread": float(signal.clamp(min=1e-9).sqrt())})
+        kept = torch.load(path)
+        return kept["advantages"], kept["spread"]
+
     def advantages(self):
         """Of one token in each of many sampled replies its advantage Q - V by rollouts of the reference, kept in
         a file: (prompt and reply ids, the token's place in the reply, estimate, variance of its noise), a list each."""
         path = self.work / "advantages.json"
         if not path.exists():
             generator, rng, several = torch.Generator().manual_seed(1), random.Random(1), self.plan["rollouts"]
-            sample = lambda starts: [
-                reply
-                for k in range(0, len(starts), 512)
-                for reply in sampling.generate(
-                    self.ref, starts[k : k + 512], SETTINGS["longest"], self.ends, 1.0, generator
-                )
-            ]
-
-            def returns(prompts, heads):
-                """The gold rewards of replies that begin with the heads: [states, rollouts]."""
-                open_ = [k for k, head in enumerate(heads) if not self.ends & set(head)] * several
-                drawn = set(open_)
-                gold = [[] if k in drawn else [self.gold(head)] * several for k, head in enumerate(heads)]
-                for k, more in zip(open_, sample([prompts[k] + heads[k] for k in open_])):
-                    gold[k].append(self.gold(heads[k] + more))
-                return np.array(gold)
-
             prompts = [self.prompts[k % len(self.prompts)] for k in range(self.plan["states"])]
-            replies = sample(prompts)
+            replies = self.sample(prompts, generator)
             places = [rng.randrange(len(reply)) for reply in replies]
-            before, after = (returns(prompts, [r[: t + d] for r, t in zip(replies, places)]) for d in (0, 1))
+            before, after = (
+                self.returns(prompts, [r[: t + d] for r, t in zip(replies, places)], several, generator) for d in (0, 1)
+            )
             advantage = after.mean(1) - before.mean(1)
             noise = (after.var(1, ddof=1) + before.var(1, ddof=1)) / several
             found = list(zip(prompts, replies, places, advantage.tolist(), noise.tolist()))
@@ -288,6 +317,9 @@ def guidance(lab, arm, seed, pairs, ref):
         sides = lambda pair: (lab.pieces(pair.chosen), lab.pieces(pair.rejected))
         gold = [torch.tensor([x for side in sides(p) for x in language.gold_rewards(side)]) for p in pairs]
         guide = [r + spread / torch.cat(gold).std() * x for r, x in zip(ref, gold)]
+    if arm.get("form") == "advantage":  # likewise its advantage, by what is no noise in it
+        advantages, true = lab.pair_advantages(seed)
+        guide = [r + spread / true * x for r, x in zip(ref, advantages)]
     return guide, net, float(arm["alpha"] * beta * spread)
 
 
