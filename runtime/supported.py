@@ -1,7 +1,7 @@
 """The systems that the program runs on, and how it starts there. Imports nothing that one of the others lacks."""
 
+import _signal as signal  # of which `signal` makes enumerations for many milliseconds, in which Ctrl-C has a traceback
 import os
-import signal
 import sys
 
 LEAST = 2 << 30  # bytes of address space
