@@ -124,9 +124,9 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
         if len(text) > most:
             return f"prompt too long: {len(text)} characters"
         scored = [tokenizer.scored(text, *both) for both in zip(dialogues, replies)]  # [(text, id that ends it)]
+        prompt, responses, apart = tokenizer.encode_after(text, [response[:most] for response, _ in scored])
     except BadRow as error:
         return error
-    prompt, responses, apart = tokenizer.encode_after(text, [response[:most] for response, _ in scored])
     room, cut = max_length - len(prompt), 0
     if sum(tokenizer.is_control[ids].sum() for ids in (prompt, *responses)) > len(tokenizer.control.findall(text)):
         return "control token in the text: it appears as the tokenizer normalises"

@@ -1,5 +1,6 @@
 """Chat tokenizers: a tokenizer.json with its named tokens and chat template, text to ids and back."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -56,7 +57,8 @@ class ChatTokenizer:
 
     def decode(self, ids):
         """The text of token ids, control tokens included."""
-        return self.backend.decode(list(map(int, ids)), skip_special_tokens=False)
+        with self.panics("decode the tokens"):
+            return self.backend.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def pieces(self, ids):
         """The text that each token adds; of tokens that share a character the last has it, the others ''."""
@@ -117,14 +119,19 @@ class ChatTokenizer:
         raise BadRow(f"chat template {fault} ({self.template_name})")
 
     def encode(self, texts):
-        """Token ids of each text, [list of ids], without a BOS of the tokenizer's own. Raises BadInput."""
+        """Token ids of each text, [list of ids], without a BOS of the tokenizer's own. Raises BadRow."""
+        with self.panics("encode the text"):
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @contextlib.contextmanager
+    def panics(self, what):
+        """What the tokenizers library raises, bare Exceptions and panics that are not even those, as a BadRow."""
         try:
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except BaseException as error:  # bare Exceptions, and panics that are not even those
+            yield
+        except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise BadInput(f"{self.directory}: its tokenizer.json cannot encode: {brief(error)}") from None
-        return [encoding.ids for encoding in encodings]
+            raise BadRow(f"tokenizer cannot {what}: {brief(error)} ({self.directory}/tokenizer.json)") from None
 
     def encode_after(self, prompt, replies):
         """Token ids of a prompt and of replies behind it, and how many were encoded apart: (ids, [ids], int).

@@ -1,8 +1,8 @@
 """Tries a tokenizer.json, which strangers made, in a process of its own with limits on memory and time.
 
 tokenizer.py runs this file as a script, with the bytes of the tokenizer.json on its standard input. It ends with status
-0 where the tokenizers library makes tokens of a few lines of text and text of them, or raises what the caller will
-raise as well. Where the library panics, it prints why; taking too much ends the process by a signal.
+0 where the tokenizers library makes tokens of a few lines of text and text of them and of each token, or raises what
+the caller will raise as well. Where the library panics, it prints why; taking too much ends the process by a signal.
 """
 
 import os
@@ -34,6 +34,7 @@ def main():
         backend = tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())
         for encoding in backend.encode_batch_fast(TEXTS, add_special_tokens=False):
             backend.decode(encoding.ids, skip_special_tokens=False)
+        backend.decode_batch([[i] for i in backend.get_vocab().values()], skip_special_tokens=False)
     except Exception:
         pass
     except BaseException as panic:

@@ -10,6 +10,7 @@ from files.errors import BadInput
 from files.tokenizer import ChatTokenizer, load_tokenizer, same_vocabulary
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import say
+from runtime.signals import stderr_aside
 
 
 class Inputs(NamedTuple):
@@ -86,6 +87,6 @@ def read_pairs(names, options, tokenizer, load_pairs, limit=0, without=()):
     columns = {name: column for name, _, column in (entry.partition("=") for entry in options.columns)}
     columns = {name: column for name, column in columns.items() if name not in without}
     paths = [path for name in names for path in hub.data_files(name)]
-    return load_pairs(
-        paths, tokenizer, options.max_length, options.max_prompt_length, options.skip_bad_rows, columns, limit
-    )
+    lengths = options.max_length, options.max_prompt_length
+    with stderr_aside():  # the tokenizers library panics there at some rows of strange tokenizers
+        return load_pairs(paths, tokenizer, *lengths, options.skip_bad_rows, columns, limit)

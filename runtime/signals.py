@@ -17,6 +17,7 @@ from runtime.failures import Stopped
 
 REPEAT = 1.0  # seconds in which one Ctrl-C may arrive twice, by terminal and agent
 LOOK = 1.0  # seconds between two looks whether torchrun is still there
+_stderr = [2]  # the descriptor that to_stderr writes to
 CAUGHT = (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)  # the later ones count before the earlier
 
 
@@ -114,4 +115,21 @@ class Signals:
 def to_stderr(line):
     """Writes a line past Python's buffers and locks, which the interrupted thread may hold."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        os.write(_stderr[-1], f"{line}\n".encode())
+
+
+@contextlib.contextmanager
+def stderr_aside():
+    """Only to_stderr reaches standard error. What a library would write there of a failure that is caught is lost."""
+    try:
+        _stderr.append(os.dup(2))
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(_stderr[-1], 2)
+        os.close(_stderr.pop())

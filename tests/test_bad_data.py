@@ -1,5 +1,6 @@
 """Bad files, rows, tokenizers and templates: one clear line each; nothing hangs or grows without bound."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -17,6 +18,8 @@ from files import rows, template
 from files import tokenizer as tokenizer_file
 from files.errors import BadInput
 from files.tokenizer import load_tokenizer
+from runtime import inputs, options
+from runtime.signals import to_stderr
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +279,27 @@ def test_text_of_which_the_tokenizer_makes_no_token(tmp_path):
     assert len(pairs) == 1
 
 
+def test_a_tokenizer_that_panics_at_some_rows_only(tmp_path, capfd):
+    """At an empty match where the text begins. The library writes pages of it to standard error."""
+    directory = llama3(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(?=q)"}, "content": "x"}
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    path, tokenizer = write_rows(tmp_path / "a.jsonl", row(), row("qed"), row(chosen="q")), load_tokenizer(directory)
+    given, lines = options.resolve(["--data", str(path)]), "tokenizer cannot encode the text: index out of bounds: "
+    with pytest.raises(BadInput, match=f"a.jsonl:2: {lines}.*{directory}/tokenizer.json.*; mend the row, or drop"):
+        inputs.read_pairs(given.data, given, tokenizer, data.load_pairs)
+    skipping = dataclasses.replace(given, skip_bad_rows=True)
+    pairs, counts = inputs.read_pairs(given.data, skipping, tokenizer, data.load_pairs)
+    assert [(drop["row"], drop["reason"].startswith(lines)) for drop in counts.dropped] == [(2, True)]
+    os.write(2, b"heard again\n")
+    assert len(pairs) == 2 and capfd.readouterr() == ("", "heard again\n")
+    with inputs.stderr_aside():
+        os.write(2, b"unheard\n")
+        to_stderr("Ctrl-C")
+    assert capfd.readouterr().err == "Ctrl-C\n"
+
+
 def test_parquet_of_what_python_has_no_value_for(tmp_path, tokenizer):
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
@@ -340,8 +364,12 @@ def test_tokenizers_that_cannot_be_read(tmp_path):
             {"normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 10**7}},
             "a few lines of text take more than 20 seconds or 4 GiB (it ended with status -",
         ),
+        (
+            {"decoder": {"type": "Strip", "content": "q", "start": 1, "stop": 1}},
+            "slice index starts at 1 but ends at 0",
+        ),
     ],
-    ids=["replace of nothing", "garbage charsmap", "regex without end", "explosion"],
+    ids=["replace of nothing", "garbage charsmap", "regex without end", "explosion", "strip of one letter"],
 )
 def test_tokenizers_that_panic_or_explode(tmp_path, capfd, monkeypatch, change, said):
     """In a process of their own, which says so in one line."""
