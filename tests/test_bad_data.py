@@ -365,11 +365,17 @@ def test_tokenizers_that_cannot_be_read(tmp_path):
             "a few lines of text take more than 20 seconds or 4 GiB (it ended with status -",
         ),
         (
-            {"decoder": {"type": "Strip", "content": "q", "start": 1, "stop": 1}},
+            {"decoder": {"type": "Strip", "content": "ÿ", "start": 1, "stop": 1}},
             "slice index starts at 1 but ends at 0",
         ),
     ],
-    ids=["replace of nothing", "garbage charsmap", "regex without end", "explosion", "strip of one letter"],
+    ids=[
+        "replace of nothing",
+        "garbage charsmap",
+        "regex without end",
+        "explosion",
+        "strip of a byte that no text has",
+    ],
 )
 def test_tokenizers_that_panic_or_explode(tmp_path, capfd, monkeypatch, change, said):
     """In a process of their own, which says so in one line."""
