@@ -155,6 +155,7 @@ def fsync(path):
     """Wait until the file or directory at `path` is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

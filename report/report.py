@@ -362,6 +362,9 @@ def replace(output, text):
     try:
         part.write_text(text, encoding="utf-8", newline="\n")
         os.replace(part, output)
+    except OSError as error:
+        error.filename = error.filename or str(output)  # which a full disk leaves out
+        raise
     finally:
         part.unlink(missing_ok=True)
     return output

@@ -31,7 +31,7 @@ def complain(error, rank):
     text, words = None, str(error) if isinstance(error, BadInput) else " ".join(str(error).split())
     if alike or isinstance(error, OSError):
         text = words
-        if getattr(error, "errno", None) == errno.ENOSPC and not alike:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) and not alike:
             text = f"{words}: the disk is full; free some of it and go on with --resume"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in words:
         text = f"out of memory on rank {rank}: {words}; try a smaller --micro-tokens, more ranks or --cpu-offload"

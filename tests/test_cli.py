@@ -640,7 +640,11 @@ def test_the_policy_is_safe_when_the_page_fails(world, capfd, tmp_path, monkeypa
             1,
             "[Errno 28] No space left on device: the disk is full; free",
         ),
-        (OSError(errno.ENOSPC, "No space left", "m.jsonl"), 1, "[Errno 28] No space left: 'm.jsonl': the disk is full"),
+        (
+            OSError(errno.EDQUOT, "No quota left", "m.jsonl"),
+            1,
+            f"[Errno {errno.EDQUOT}] No quota left: 'm.jsonl': the disk is full",
+        ),
         (torch.OutOfMemoryError("CUDA out of\nmemory."), 1, "out of memory on rank 0: CUDA out of memory.; try"),
         (BadInput("a.jsonl:3: wrong"), 2, "a.jsonl:3: wrong"),
     ],

@@ -641,13 +641,23 @@ def test_all_ranks_learn_where_or_why_not(group, tmp_path, monkeypatch):
 
 
 @pytest.mark.linux("/dev/full")
-def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
         Metrics(str(tmp_path / "metrics.jsonl")).write({"step": 1})
     with pytest.raises(OSError, match=r"No space left on device: '.*file'"), disk.whole(tmp_path / "file"):
         with open("/dev/full", "w") as file:
             file.write("x" * 10_000)
+
+    def fail(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fail)  # where network file systems tell of it
+    with (
+        pytest.raises(OSError, match=r"Disk quota exceeded: '.*file.tmp'"),
+        disk.whole(tmp_path / "file") as unfinished,
+    ):
+        open(unfinished, "w").close()
 
 
 def test_space_is_asked_for_in_those_words(tmp_path):

@@ -837,7 +837,7 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: '.*html'"):
         report.write(run)
     assert page.read_text(encoding="utf-8") == before and not list(run.glob(".report*"))
 
