@@ -7,6 +7,7 @@ the caller will raise as well. Where the library panics, it prints why; taking t
 
 import os
 import resource
+import signal
 import sys
 
 MEMORY = 4 << 30  # bytes of address space
@@ -22,7 +23,8 @@ TEXTS = [
 
 
 def main():
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads take addresses
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}  # threads and backtraces take memory
+    signal.alarm(6 * SECONDS)  # on the clock: without memory it may wait for ever
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, SECONDS)):
         try:
             resource.setrlimit(limit, (value, value))

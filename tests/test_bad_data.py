@@ -392,6 +392,15 @@ def test_tokenizers_that_panic_or_explode(tmp_path, capfd, monkeypatch, change, 
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_tokenizer_that_waits_for_ever(tmp_path, monkeypatch):
+    """As where there is no memory left for the panic itself: no processor time passes."""
+    source = tokenizer_file.TRIAL.read_text().replace("6 * SECONDS", "1").replace("import tokenizers", "signal.pause()")
+    monkeypatch.setattr(tokenizer_file, "TRIAL", tmp_path / "trial.py")
+    (tmp_path / "trial.py").write_text(source)
+    monkeypatch.setattr(tokenizer_file, "_tried", set())
+    assert "(it ended with status -14)" in tokenizer_refusal(llama3(tmp_path))
+
+
 def test_sizes_are_looked_at_first(tmp_path, monkeypatch):
     """Files with holes: they take no room, and would take gigabytes of memory."""
     llama3(tmp_path)
