@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from files.errors import BadInput, BadRow, brief
 from files.preferences import fields_read, preference_of, renamed, weight_of
@@ -23,6 +24,7 @@ from files.rows import read_rows
 from files.template import ChatTemplate
 
 CHUNK = 512  # rows in memory at a time
+DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
 HUGE = 2 * 10**7  # characters that a template is never given: they are too long a prompt, or are cut from a response
 
 
@@ -36,6 +38,19 @@ class Pair(NamedTuple):
     cut: int = 0  # how many of the responses were cut
     apart: int = 0  # how many were tokenised apart from the prompt
     weight: float = 1.0  # multiplies its loss in training
+
+    @property
+    def scored(self):
+        """How many response tokens there are."""
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def packed(self):
+        """How many tokens a pack takes for it: the prompt once, no response's last token."""
+        return len(self.prompt) + self.scored - 2
+
+
+FILLER = Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")
 
 
 class Counts(NamedTuple):
@@ -169,6 +184,20 @@ class Pack(NamedTuple):
     chosen_lengths: tuple  # B ints
     rejected_lengths: tuple  # B ints
 
+    def to(self, device):
+        """The pack with its tensors on the device."""
+        return self._make(moved(x, device) if torch.is_tensor(x) else x for x in self)
+
+    def sides(self, flat):
+        """A number a response token, [R] -> (chosen, rejected), each [B, T], 0 where there is no token."""
+        parts = flat.split([n for both in zip(self.chosen_lengths, self.rejected_lengths) for n in both])
+        return pad_sequence(parts[0::2], batch_first=True), pad_sequence(parts[1::2], batch_first=True)
+
+
+def moved(tensor, device):
+    """A tensor of the CPU on the device; nobody waits for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
 
 def collate(pairs, share_prompt=True):
     """Lays pairs out as one Pack, without each response's last token: it predicts nothing, and no token sees it. Two
@@ -198,8 +227,10 @@ def collate(pairs, share_prompt=True):
     >>> pack.predictors.tolist(), pack.targets.tolist()
     ([1, 2, 3, 1, 4, 5, 6, 5, 7, 8], [3, 4, 0, 5, 0, 7, 0, 8, 9, 0])
 
-    With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty.
+    With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty. Without
+    pairs, for a rank that must run along, FILLER is laid out.
     """
+    pairs = pairs or [FILLER]
     tokens, positions, keys, first, shared, second, predictors, targets = ([] for _ in range(8))
     cu_q, cu_k = [0], [0]
     for prompt, chosen, rejected in (pair[:3] for pair in pairs):
@@ -257,6 +288,14 @@ def deal(lengths, world_size, micro_tokens):
             ranks[rank].append(bins[b])
             totals[rank] += load
     return ranks
+
+
+def shares(lengths, rank, world_size, micro_tokens):
+    """A rank's packs for a pass over all pairs: yields lists of indices, as many on every rank. Dealt some thousands at
+    a time, as the deal of n pairs to n packs takes n² log n."""
+    for start in range(0, len(lengths), DEALT):
+        for pack in deal(lengths[start : start + DEALT], world_size, micro_tokens)[rank]:
+            yield [start + i for i in pack]
 
 
 def epoch_order(count, seed, epoch):

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     parts: dict  # what a rank holds at its fullest, name -> bytes
     longest: int  # tokens of the longest pair
     room: int  # the GPU's bytes; 0 on CPU
+    alone: bool = False  # one rank on a CPU in float32: fully_shard would only cost it time and memory
 
     def recomputes(self, layer):
         """Whether block number `layer` computes its activations again in the backward pass."""
@@ -74,7 +75,7 @@ def activation_bytes(config, width, cuda, compiled, rank=0):
     return norms + heads + width * (query + keys + mlp + 7 * rank)
 
 
-def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0):
+def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0, alone=False):
     """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
     of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
@@ -107,13 +108,16 @@ def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank
         # The end: the buffer of the sum for embedding and head, with their gradients or this rank's shard.
         (0, (4 + summed) * root, 0, 0),
     ]
+    if alone:  # nothing is gathered, and each gradient is added to the sum as it is made
+        moments = [(0, 0, saved, logits), (0, 0, saved + again + mlp, 0), (0, 4 * head, 0, 0)]
     gathered, gradients, activations, logits = max(moments[:2] if rank else moments, key=sum)
     held = {"weights": 4 * shard + width * frozen, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
-def make(config, options, shards, device_type, width, longest, room, can_compile=True):
-    """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU."""
+def make(config, options, shards, device_type, width, longest, room, can_compile=True, alone=False):
+    """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU; alone: see
+    Plan."""
     cuda = device_type == "cuda"
     compiled = cuda and can_compile if options.compile is None else options.compile
     most = max(longest, options.micro_tokens or (CUDA_TOKENS if cuda else CPU_TOKENS))
@@ -127,12 +131,12 @@ def make(config, options, shards, device_type, width, longest, room, can_compile
     ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
     for tokens, recompute in tries:
-        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest, options.lora_rank)
+        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest, options.lora_rank, alone)
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:
             break
-    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room)
+    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room, alone)
 
 
 def lines(plan, world):

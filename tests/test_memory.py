@@ -17,6 +17,7 @@ import torch
 from tiny_world import make_tokenizer
 
 import model
+from data import FILLER
 from kernels import attention as attention_kernels
 from kernels import log_probs as log_prob_kernels
 from runtime import container, lora, memory
@@ -131,7 +132,7 @@ def measure_steps(tiny, path, rank):
             net = sharded(tiny, run)
             net.model.layers[0].recompute = True
             adamw = torch.optim.AdamW(net.parameters(), fused=True)
-            stage = train.Stage("dpo", [train.FILLER], [], [torch.zeros(2)], None)
+            stage = train.Stage("dpo", [FILLER], [], [torch.zeros(2)], None)
             optimiser_step(run, net, adamw, stage, [0])
             del net, adamw
             torch.ones(1000, 1000) @ torch.ones(1000, 1000)
@@ -323,7 +324,7 @@ def measure_loading_and_export(tiny, path, rank):
         resident()
         train.export(run, net, os.path.join(run.out, "policy"), directory, "dpo")
         peaks["export"] = status("VmHWM") - before
-        shard = sum(4 * parameter.to_local().numel() for parameter in net.parameters())
+        shard = sum(4 * train.local_rows(parameter)[0].numel() for parameter in net.parameters())
         with open(f"{path}.{rank}", "w") as file:
             json.dump({"peaks": peaks, "shard": shard}, file)
         os._exit(0)
