@@ -110,8 +110,9 @@ def sharded(directory, run, frozen=False):
     net.compiled = run.plan.compile
     offload = CPUOffloadPolicy() if run.options.cpu_offload and run.device.type == "cuda" else OffloadPolicy()
     types = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = False if run.plan.cast_once and not frozen else None  # None: of each block, not of the root
     for module in (*net.model.layers, net) if not run.plan.alone else ():
-        fully_shard(module, mesh=run.mesh, offload_policy=offload, mp_policy=types)
+        fully_shard(module, mesh=run.mesh, offload_policy=offload, mp_policy=types, reshard_after_forward=reshard)
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
     with lora.aside(net):
         on_all_ranks(lambda: model.load_weights(net, directory, local_rows))
@@ -267,7 +268,9 @@ def optimiser_step(run, net, optimiser, stage, batch):
     gradient that is not finite."""
     tally, losses = Tally(run.device, stage.ref is not None), []
     dealt = data.deal([stage.pairs[i].packed for i in batch], run.world, run.plan.micro_tokens)[run.rank]
-    for part in dealt:
+    for number, part in enumerate(dealt, 1):
+        if run.plan.cast_once:
+            net.set_reshard_after_backward(number == len(dealt))
         indices = [int(batch[k]) for k in part]
         pack = data.collate([stage.pairs[i] for i in indices]).to(run.device)
         logp = net(pack.tokens, pack)  # [R]

@@ -4,6 +4,7 @@ Counted in bytes of what is alive, for FSDP2 with float32 master shards; `width`
 What an allocator keeps of freed memory comes on top: on CPU it may more than double it, on CUDA see SHARE.
 """
 
+import itertools
 from typing import NamedTuple
 
 from kernels.attention import SCORES
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     longest: int  # tokens of the longest pair
     room: int  # the GPU's bytes; 0 on CPU
     alone: bool = False  # one rank on a CPU in float32: fully_shard would only cost it time and memory
+    cast_once: bool = False  # one GPU keeps its weights in the compute type from one micro-batch of a step to the next
 
     def recomputes(self, layer):
         """Whether block number `layer` computes its activations again in the backward pass."""
@@ -75,7 +77,7 @@ def activation_bytes(config, width, cuda, compiled, rank=0):
     return norms + heads + width * (query + keys + mlp + 7 * rank)
 
 
-def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0, alone=False):
+def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0, alone=False, cast_once=False):
     """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
     of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
@@ -110,6 +112,8 @@ def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank
     ]
     if alone:  # nothing is gathered, and each gradient is added to the sum as it is made
         moments = [(0, 0, saved, logits), (0, 0, saved + again + mlp, 0), (0, 4 * head, 0, 0)]
+    if cast_once:
+        moments = [(width * (root + layers * block), *others) for _, *others in moments]
     gathered, gradients, activations, logits = max(moments[:2] if rank else moments, key=sum)
     held = {"weights": 4 * shard + width * frozen, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
@@ -130,13 +134,15 @@ def make(config, options, shards, device_type, width, longest, room, can_compile
         for tokens in range(most, min(most, max(least, ENOUGH_TOKENS)) - 1, -256)
     ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
-    for tokens, recompute in tries:
-        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest, options.lora_rank, alone)
+    once = cuda and shards == 1 and width < 4 and not options.lora_rank and not options.cpu_offload
+    for (tokens, recompute), cast_once in itertools.product(tries, (True, False) if once else (False,)):
+        how = (recompute, cuda, compiled, longest, options.lora_rank, alone, cast_once)
+        held = parts(config, shards, width, tokens, *how)
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:
             break
-    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room, alone)
+    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room, alone, cast_once)
 
 
 def lines(plan, world):

@@ -37,5 +37,6 @@ def whole(parameter, dtype, keep):
 
 def let_go(net):
     """Keep only this rank's shards of a model's parameters in memory."""
-    if isinstance(net, FSDPModule):
-        net.reshard()
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

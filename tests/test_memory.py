@@ -232,6 +232,11 @@ def test_what_is_chosen_on_a_gpu():
     assert sum(plan(LLAMA_8B, 1, cpu_offload=True).parts.values()) < memory.SHARE * 80e9
     config = model.parse_config(LLAMA | LLAMA_1B)
     assert plan(LLAMA_1B, 1).compile
+    once, cast = plan(LLAMA_1B, 1), 2 * memory.trained(config, 0)  # the compute type's copy is kept where it fits
+    assert once.cast_once and once.parts["gathered"] == cast
+    tight = plan(LLAMA_1B, 1, room=30e9)
+    assert not tight.cast_once and tight.parts["gathered"] < cast / 2
+    assert not any(plan(LLAMA_1B, n, **other).cast_once for n, other in ((2, {}), (1, {"lora_rank": 8})))
     assert not memory.make(config, Options(), 1, "cuda", 2, 2400, 80e9, can_compile=False).compile
 
 
