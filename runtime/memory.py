@@ -119,6 +119,18 @@ def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
+def side_by_side(config, world, width, tokens, cuda, alone):
+    """What a rank holds in the pass of --centre-guidance, with two frozen models: name -> bytes, as `parts`. More than
+    in training only where adapters train."""
+    root, block = parameters(config)
+    V, C, I = config.vocab_size, config.hidden_size, config.intermediate_size
+    chunk = 4 * V * min(tokens, max(1, (CUDA_LOGITS if cuda else CPU_LOGITS) // (4 * V)))
+    weights = 2 * width * -(-(root + config.num_hidden_layers * block) // world)
+    gathered = 0 if alone else width * (2 * root + 2 * block)
+    held = {"weights": weights, "gradients": 0, "optimiser": 0, "gathered": gathered}
+    return held | {"activations": tokens * width * (3 * I + 4 * C), "logits": chunk}
+
+
 def make(config, options, shards, device_type, width, longest, room, can_compile=True, alone=False):
     """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU; alone: see
     Plan."""
@@ -138,11 +150,16 @@ def make(config, options, shards, device_type, width, longest, room, can_compile
     for (tokens, recompute), cast_once in itertools.product(tries, (True, False) if once else (False,)):
         how = (recompute, cuda, compiled, longest, options.lora_rank, alone, cast_once)
         held = parts(config, shards, width, tokens, *how)
+        forward = 2 * tokens if cuda else tokens
+        if options.centre_guidance and options.lora_rank:
+            held = max(
+                held, side_by_side(config, shards, width, forward, cuda, alone), key=lambda each: sum(each.values())
+            )
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:
             break
-    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room, alone, cast_once)
+    return Plan(tokens, forward, recompute, compiled, held, longest, room, alone, cast_once)
 
 
 def lines(plan, world):

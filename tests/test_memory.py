@@ -171,6 +171,7 @@ VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
         (1, WEIGHTS, 1, "none", ["--loss", "simpo", "--lora-rank", 64]),
         (1, {"num_hidden_layers": 6}, 8, "full", ["--loss", "simpo", "--lora-rank", 8]),
         (1, VOCABULARY, 2, "none", ["--loss", "simpo", "--lora-rank", 8]),
+        (1, WEIGHTS, 1, "full", ["--lora-rank", 8, "--centre-guidance", "--guide", "MODEL"]),
     ],
 )
 def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, tiny, tmp_path):
@@ -190,7 +191,7 @@ def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, ti
         recompute,
         "--epochs",
         9,
-        *(more or ["--loss", "simpo"]),
+        *[tmp_path / "model" if word == "MODEL" else word for word in more or ["--loss", "simpo"]],
     ):
         assert sum(rank["planned"].values()) == pytest.approx(rank["used"], rel=0.1), rank
 
