@@ -32,10 +32,12 @@ if __name__ == "__main__":
 
 import gc
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -48,25 +50,16 @@ from kernels.log_probs import token_divergences
 from runtime import cache, checkpoint, flops, lora, outdir, preview, process_group, results, sinks
 from runtime.answers import answer, write_samples
 from runtime.failures import RunFailed, Stopped, complain
-from runtime.inputs import read_inputs
+from runtime.inputs import Inputs, read_inputs
 from runtime.losses import LOSSES
+from runtime.options import Options
 from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Progress, say, shown, words
-from runtime.run import begin, export
+from runtime.run import Run, begin, export
 from runtime.shards import let_go, local_rows
-from runtime.tally import Tally
-from runtime.training import (
-    Training,
-    checkpoints_of,
-    due,
-    heed,
-    not_taken,
-    refuse_not_finite,
-    resume,
-    save,
-    stop_if_told,
-)
+from runtime.tally import Tally, refuse_not_finite
+from runtime.training import Training, checkpoints_of, due, heed, not_taken, resume, save, stop_if_told
 
 try:
     from neighbours import parts as neighbours
@@ -82,16 +75,16 @@ class Stage(NamedTuple):
     """One training: the policy starts from the reference and learns from `pairs` by one loss."""
 
     loss: str  # its name in runtime/losses.py
-    pairs: list  # of data.Pair
-    eval_pairs: list
-    ref: list | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
-    guide: list | None
+    pairs: list[data.Pair]
+    eval_pairs: list[data.Pair]
+    ref: list[Tensor] | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
+    guide: list[Tensor] | None
 
 
 # ------------------------------------------------------------------------------------------------- the models
 
 
-def sharded(directory, run, frozen=False):
+def sharded(directory: str, run: Run, frozen: bool = False) -> model.CausalLM:
     """The model of `directory`, sharded over the ranks: meta device, fully_shard of each block and of the root, then
     each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen; with
     --lora-rank only adapters train."""
@@ -120,7 +113,7 @@ def sharded(directory, run, frozen=False):
     return net
 
 
-def release(run):
+def release(run: Run) -> None:
     """Give the memory of dropped models back. The caller lets go of its last reference first."""
     gc.collect()
     if run.device.type == "cuda":
@@ -131,7 +124,15 @@ def release(run):
 
 
 @torch.no_grad()
-def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=None):
+def log_probs(
+    run: Run,
+    net: model.CausalLM,
+    pairs: list[data.Pair],
+    title: str,
+    heed: Callable[[Run], None] = stop_if_told,
+    side_job: bool = False,
+    guide: model.CausalLM | None = None,
+) -> list[Tensor]:
     """Per-token log-probs of every pair's responses, [C + R] each, on the CPU; with a guide, KL(net || guide) at each
     token's state instead. The pairs are shared out among the ranks in large packs. No random number is drawn.
     heed: called with the run after each pack, to follow signals."""
@@ -156,7 +157,9 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
     return [found[index] for index in range(len(pairs))]
 
 
-def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
+def cached_log_probs(
+    run: Run, kind: str, directory: str, pairs: list[data.Pair], digest: str | None = None, guide: str | None = None
+) -> list[Tensor]:
     """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype. digest: of
     its weights, where it is known. guide: the directory of the model against which KL is asked for, `kind` "centre";
     both models are in memory then, in the compute type: less than one model in training, more than one with adapters.
@@ -185,7 +188,7 @@ def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
 # -------------------------------------------------------------------------------------------------- the losses
 
 
-def loss_of(name, options, tensors):
+def loss_of(name: str, options: Options, tensors: dict[str, tuple]) -> tgdpo.Loss:
     """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each. Parts of
     --with belong to the last stage: a guide is trained without."""
     entry = LOSSES[name]
@@ -200,7 +203,9 @@ def loss_of(name, options, tensors):
     return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
 
 
-def pack_loss(stage, options, logp, pack, indices, tally):
+def pack_loss(
+    stage: Stage, options: Options, logp: Tensor, pack: data.Pack, indices: list[int], tally: Tally
+) -> tgdpo.Loss:
     """The loss of each pair of a pack, in training times its weight: logp [R], indices of its pairs -> tgdpo.Loss of
     [B]; figures go to the tally."""
     tensors = {"policy": pack.sides(logp), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
@@ -215,7 +220,7 @@ def pack_loss(stage, options, logp, pack, indices, tally):
 
 
 @torch.no_grad()
-def figures(run, stage, logps):
+def figures(run: Run, stage: Stage, logps: list[Tensor]) -> dict[str, float]:
     """The row of metrics of the evaluation pairs' log-probs `logps` under the stage's loss. Collective."""
     tally, mine = Tally(run.device, stage.ref is not None), range(run.rank, len(logps), run.world)
     for indices in (mine[k : k + 64] for k in range(0, len(mine), 64)):
@@ -224,7 +229,7 @@ def figures(run, stage, logps):
     return tally.row()
 
 
-def judged(options, pairs, models):
+def judged(options: Options, pairs: list[data.Pair], models: dict[str, list | None]) -> Iterator[tuple[dict, dict]]:
     """tgdpo's numbers of each pair, in float64, for the final table and tokens.jsonl. models: {ref, guide, policy ->
     log-probs [C + R] of each pair, or None; centre -> KL(ref || guide) alike}. Yields, pair by pair, {model: the Loss
     with that model as the policy} and {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C],
@@ -252,7 +257,7 @@ def judged(options, pairs, models):
 # ------------------------------------------------------------------------------------------------- one training
 
 
-def learning_rate(options, step, total):
+def learning_rate(options: Options, step: int, total: int) -> float:
     """The rate of step `step` (from 0) of `total`: W warm-up steps rise linearly, step k of the N after them falls."""
     warmup = int(np.ceil(options.warmup_ratio * total))
     if step < warmup:
@@ -262,7 +267,9 @@ def learning_rate(options, step, total):
     return options.lr * float(shape)
 
 
-def optimiser_step(run, net, optimiser, stage, batch):
+def optimiser_step(
+    run: Run, net: model.CausalLM, optimiser: torch.optim.Optimizer, stage: Stage, batch: Sequence[int]
+) -> dict[str, float]:
     """One step on the pairs `batch` (indices): every pair weighs 1/len(batch) (times its own weight), whatever
     rank or micro-batch it is in. Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a
     gradient that is not finite."""
@@ -290,7 +297,7 @@ def optimiser_step(run, net, optimiser, stage, batch):
     return row
 
 
-def train(run, stage, directory):
+def train(run: Run, stage: Stage, directory: str) -> tuple[model.CausalLM, list[Tensor] | None]:
     """Train the model of `directory` by the stage's loss, from the newest checkpoint where one stands. Returns the
     model and the evaluation pairs' log-probs at the end (None without evaluation pairs)."""
     options, net = run.options, sharded(directory, run)
@@ -320,7 +327,7 @@ def train(run, stage, directory):
     return net, final
 
 
-def next_step(run, stage, training):
+def next_step(run: Run, stage: Stage, training: Training) -> dict[str, float]:
     """The next optimiser step, with its pairs and its learning rate. Returns the row of metrics, written down."""
     options, began = run.options, time.perf_counter()
     epoch, position = divmod(training.step, training.per_epoch)
@@ -341,13 +348,13 @@ def next_step(run, stage, training):
     return row
 
 
-def sample(run, stage, training):
+def sample(run: Run, stage: Stage, training: Training) -> None:
     """Write down what the model on its way answers."""
     answers = answer(run, training.net, stage, lambda run: heed(run, training))
     write_samples(run, stage.loss, training.step, answers)
 
 
-def evaluate(run, stage, training):
+def evaluate(run: Run, stage: Stage, training: Training) -> list[Tensor]:
     """Write the figures of the stage's evaluation pairs down. Returns their log-probs, as log_probs gives them."""
     began = time.perf_counter()
     found = log_probs(run, training.net, stage.eval_pairs, "evaluation", lambda run: heed(run, training), side_job=True)
@@ -360,7 +367,7 @@ def evaluate(run, stage, training):
 # ----------------------------------------------------------------------------------------------------- the run
 
 
-def whole_run(options, ranks, out):
+def whole_run(options: Options, ranks: process_group.Ranks, out: str) -> None:
     """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
     if options.with_ and not neighbours:
         raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
@@ -388,7 +395,7 @@ def whole_run(options, ranks, out):
     tell_results(run, inputs, {"ref": ref, "guide": guide, "centre": centre, "policy": policy}, answers, guide_source)
 
 
-def train_guide(run, inputs, ref):
+def train_guide(run: Run, inputs: Inputs, ref: list[Tensor]) -> str:
     """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. Returns its directory."""
     directory = os.path.join(run.out, "guide")
     if new := not on_rank_0(lambda: results.has_guide(run.out, model.check)):
@@ -401,14 +408,14 @@ def train_guide(run, inputs, ref):
     return directory
 
 
-def say_guide(run, pairs, ref, guide):
+def say_guide(run: Run, pairs: list[data.Pair], ref: list[Tensor], guide: list[Tensor]) -> None:
     """Warn where the guide ranks the training pairs worse than chance. Collective."""
     right = figures(run, Stage("dpo", [], pairs, ref, None), guide[: len(pairs)])["dpo_accuracy"]
     for line in preview.guide_warning(right):
         say(line, run.rank)
 
 
-def say_alpha(run, pairs, ref, guide):
+def say_alpha(run: Run, pairs: list[data.Pair], ref: list[Tensor], guide: list[Tensor]) -> None:
     """Print the largest alpha that keeps f positive (derive.md, D13), and warn where the chosen one exceeds it."""
     lengths, alpha = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))], run.options.alpha
     guide, ref = (torch.cat(logps[: len(pairs)]) for logps in (guide, ref))  # [R]
@@ -420,7 +427,7 @@ def say_alpha(run, pairs, ref, guide):
         say(line, run.rank)
 
 
-def train_policy(run, inputs, stage):
+def train_policy(run: Run, inputs: Inputs, stage: Stage) -> tuple[list[Tensor], list]:
     """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
     policy, logps = train(run, stage, inputs.source)
     export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
@@ -433,7 +440,7 @@ def train_policy(run, inputs, stage):
     return logps, answers
 
 
-def tell_results(run, inputs, logps, answers, guide_source):
+def tell_results(run: Run, inputs: Inputs, logps: dict, answers: list, guide_source: str | None) -> None:
     """The end of a run: the other models' answers, the table, tokens.jsonl and the page.
 
     logps: log-probs by model: the policy's of the pairs shown, the frozen ones' of all pairs (None: there is none)."""
@@ -458,7 +465,7 @@ def tell_results(run, inputs, logps, answers, guide_source):
     on_rank_0(lambda: results.end(run.out, run.options))
 
 
-def true_rewards(run, inputs, guide_source):
+def true_rewards(run: Run, inputs: Inputs, guide_source: str | None) -> dict[str, dict]:
     """What the bundled example knows of its models' replies, for the table; {} without the folder examples/."""
     try:
         from examples.tiny.gold import gold_figures
@@ -468,7 +475,7 @@ def true_rewards(run, inputs, guide_source):
     return gold_figures(inputs, models, run.options.sample_tokens)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 128 + N after signal N."""
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)

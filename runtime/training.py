@@ -4,12 +4,11 @@
 """
 
 import dataclasses
-import math
 import os
 
 import torch
 
-from files.errors import BadInput, some
+from files.errors import BadInput
 from runtime import checkpoint, outdir, shards
 from runtime.failures import RunFailed
 from runtime.losses import LOSSES
@@ -89,17 +88,6 @@ def save(run, training):
         on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
     training.saved = training.step
-
-
-def refuse_not_finite(row, losses, sources, batch):
-    """Raises RunFailed, alike on all ranks, where a step's loss or gradient is not finite. row: of its metrics; losses:
-    this rank's [(indices of pairs, their losses)]; sources: of all pairs, to name them; batch: the step's indices."""
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        return
-    own = [sources[i] for part, values in losses for i, x in zip(part, values.tolist()) if not math.isfinite(x)]
-    if wrong := sum(on_all_ranks(lambda: own), []):
-        raise RunFailed(f"the loss is not finite on {some(wrong)}")
-    raise RunFailed(f"the gradient is not finite; the step's pairs are {some([sources[i] for i in batch])}")
 
 
 def not_taken(run, training, failure):
