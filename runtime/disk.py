@@ -63,7 +63,11 @@ def put_in_place(tmp, path):
 def remove(path):
     """Removes a file, a link or a directory with all in it, if it is there."""
     if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as failure:
+            failure.filename = str(path)  # which said a name within it alone
+            raise
     elif os.path.lexists(path):
         os.remove(path)
 

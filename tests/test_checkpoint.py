@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from files.errors import BadInput
-from runtime import checkpoint
+from runtime import checkpoint, disk
 from runtime.failures import RunFailed
 
 pytestmark = [
@@ -371,6 +371,8 @@ def test_a_clean_up_that_fails_is_told_once_and_loses_nothing(tmp_path, monkeypa
     save(tmp_path, 12, keep=9)  # over itself
     assert names(tmp_path) == ["step-10", "step-12", "step-12.tmp"]
     assert "step-12.old stays: it cannot be removed: Device or resource busy" in capfd.readouterr().out
+    with pytest.raises(OSError, match=f"{tmp_path}/step-12'"):
+        disk.remove(tmp_path / "step-12")
 
 
 WRONG = [{"step": step} for step in (-1, 1.5, "3", True, None, 7)] + [
