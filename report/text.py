@@ -1,6 +1,5 @@
 """Text as the page shows it: nothing hidden, nothing endless."""
 
-import collections
 import json
 import re
 import unicodedata
@@ -54,9 +53,3 @@ def percent(part, whole):
 def signed(value):
     """Three significant digits with the sign, or a dash."""
     return "–" if value is None else f"{value:+.3g}".replace("-", "−")
-
-
-def right_to_left(tokens):
-    """Whether most letters of a response run from right to left."""
-    letters = collections.Counter(unicodedata.bidirectional(c) for token in tokens for c in token)
-    return letters["R"] + letters["AL"] > letters["L"]
