@@ -64,42 +64,34 @@ function seriesOf({name: label, y, low, high, smooth, style, colour: named, dash
     ...(smooth ? [[y, {...silent, stroke: pale(colour, .3), width: 1.5}]] : []), [smooth || y, look]];
 }
 
-// The place nearest to i where the series has a value; i itself where that is far away.
-function nearest(u, series, i) {
-  const values = u.data[series], far = Math.max(4, values.length / 25);
-  for (let by = 0; by <= far; by++) for (const k of [i - by, i + by]) if (Number.isFinite(values[k])) return k;
-  return i;
-}
-
 function drawChart(plot, chart) {
-  const lists = chart.series.flatMap(seriesOf), last = chart.x.length - 1, steps = chart.xlabel === "step";
+  const lists = chart.series.flatMap(seriesOf), steps = chart.xlabel === "step";
   const axis = {stroke: css("muted"), font: "11.5px system-ui, sans-serif", grid: {stroke: css("grid"), width: 1},
     ticks: {stroke: css("edge"), width: 1, size: 4}};
-  const whole = steps || chart.xlabel === "tokens", bars = chart.series[0].style === "bars";
-  const half = bars ? (chart.x[1] - chart.x[0]) / 2 : 0;
+  const tick = value => (steps || chart.xlabel === "tokens") && value % 1 ? "" : short(value);
+  const half = chart.series[0].style === "bars" ? (chart.x[1] - chart.x[0]) / 2 : 0;
   const end = {pad: .05, soft: 0, mode: chart.zero ? 1 : 0}, height = {min: end, max: end};   // mode 1: with 0
-  // without a pointer, the legend of a curve tells where it ends
-  const rest = u => {
-    if (steps && u.cursor.idx == null) u.setLegend({idxs: u.data.map((_, i) => nearest(u, i, last))});
+  const rest = u => {                     // without a pointer, the legend of a curve tells where it ends
+    if (steps && u.cursor.idx == null) u.setLegend({idxs: u.data.map(values => values.findLastIndex(Number.isFinite))});
   };
   const u = new uPlot({
     width: plot.clientWidth, height: chart.small ? 150 : 230,
     bands: lists.flatMap(([, {band}], i) => band ? [{series: [i + 1, i + 2], fill: band}] : []),
     series: [{label: chart.xlabel, value: (u, x) => short(x)}, ...lists.map(([, look]) => look)],
-    axes: [{...axis, size: 30, space: 60, values: (u, ticks) => ticks.map(x => whole && x % 1 ? "" : short(x))},
-      {...axis, size: 56, space: 32, values: (u, ticks) => ticks.map(short)}],
+    axes: [{...axis, size: 30, space: 60, values: (u, at) => at.map(tick)},
+      {...axis, size: 56, space: 32, values: (u, at) => at.map(short)}],
     scales: {x: {time: false, range: (u, low, high) => low === high ? [low - 1, high + 1] : [low - half, high + half]},
       y: {range: chart.range ? () => uPlot.rangeNum(...chart.range, height) : height}},
-    cursor: {dataIdx: nearest, sync: {key: chart.xlabel, scales: ["x", null]}, y: false, points: {size: 6}},
+    cursor: {hover: {skip: [null], prox: 30}, sync: {key: chart.xlabel, scales: ["x", null]}, y: false,
+      points: {size: 6}},
     legend: {markers: {dash: (u, i) => u.series[i].dash ? "dashed" : "solid"}},
     hooks: {ready: [rest], setCursor: [rest], setSeries: [(u, i, {show}) => u.series.forEach((each, k) => {
       if (each.label === u.series[i].label && each.show !== show) u.setSeries(k, {show});      // with the silent ones
     })]},
   }, [chart.x, ...lists.map(([values]) => values)], plot);
   let at = -1;
-  for (const [key, value] of Object.entries({tabindex: 0, role: "group",
-    "aria-label": `${chart.title}. Arrow keys read it point by point.`})) u.root.setAttribute(key, value);
-  onArrows(u.root, last + 1, () => at, to => u.setCursor({left: u.valToPos(chart.x[at = to], "x"), top: 10}));
+  Object.assign(u.root, {tabIndex: 0, role: "group", ariaLabel: `${chart.title}. Arrow keys read it point by point.`});
+  onArrows(u.root, chart.x.length, () => at, to => u.setCursor({left: u.valToPos(chart.x[at = to], "x"), top: 10}));
   u.root.addEventListener("blur", () => u.setCursor({left: -10, top: -10}));
   return u;
 }
@@ -205,14 +197,13 @@ function choices(names, label, pick, first = 0) {
 }
 
 function explorer() {
-  const all = {name: "all", mark: "", note: "", pairs: data.pairs.map(({number}) => number)};
-  const kinds = [...data.classes, all], records = new Map(data.pairs.map(record => [record.number, record]));
+  const records = new Map(data.pairs.map(record => [record.number, record])), view = el("div"), about = note("");
+  const all = {name: "all", mark: "", note: "", pairs: [...records.keys()]}, kinds = [...data.classes, all];
   const marks = new Map(data.classes.flatMap(({mark, pairs}) => pairs.map(number => [number, mark])));
-  let shown = null, views = [], among = all, by;
-  const listBox = el("div", {class: "card list"}), view = el("div"), about = note("");
   const count = el("span", {class: "muted", role: "status"}), scale = el("span", {class: "scale"});
-  const search = el("input", {type: "search", id: "find", placeholder: "pair number or text",
-    "aria-label": "Filter pairs by number or text"});
+  const listBox = el("div", {class: "card list"}), search = el("input", {type: "search", id: "find",
+    placeholder: "pair number or text", "aria-label": "Filter pairs by number or text"});
+  let shown = null, views = [], among = all, by;
 
   function matching() {
     const wanted = search.value.trim().toLowerCase();
@@ -222,33 +213,28 @@ function explorer() {
       [source, prompt, chosen.tokens.join(""), rejected.tokens.join("")].join("\n").toLowerCase().includes(wanted));
   }
 
-  function option({number, margin, dpo_margin: plain, prompt}) {
-    const sums = [["Σ " + data.symbol, margin], ["margin", plain]].filter(([, sum]) => sum !== null);
-    return el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), marks.get(number) || "",
-      ...sums.map(([name, sum]) => ` ${name} ${signed(sum)} `), el("span", {class: "snippet"}, gist(prompt)));
-  }
-
   function list() {
-    const found = matching(), options = found.map(option);
-    count.textContent = `${found.length} of ${data.pairs.length} pairs`;
+    const told = (name, value) => value === null ? "" : ` ${name} ${signed(value)} `;
+    const found = matching(), options = found.map(({number, margin, dpo_margin: plain, prompt}) =>
+      el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), marks.get(number) || "",
+        told("Σ " + data.symbol, margin), told("margin", plain), el("span", {class: "snippet"}, gist(prompt))));
     const box = el("div", {role: "listbox", "aria-label": "Pairs"}, ...options);
+    count.textContent = `${found.length} of ${data.pairs.length} pairs`;
     listBox.replaceChildren(found.length ? box : note("No pair matches."));
-    if (!found.length) return;
     const at = Math.max(0, found.indexOf(shown)), open = i => {
       options.forEach((each, k) => each.setAttribute("aria-selected", i === k));
       if (shown !== found[i]) show(shown = found[i]);
     };
     rove(box, options, at, open);
-    open(at);
+    if (found.length) open(at);
   }
 
   function show(record) {
     views = SIDES.map(side => heatMap(record[side], side, by));
     const sums = [[`Σ ${data.symbol}, chosen less rejected`, record.margin], ["the policy's plain DPO margin",
       record.dpo_margin], ["its optimised margin φ", record.chosen.f ? record.phi : null]];
-    view.replaceChildren(
-      fold(record.prompt.length < 600, `Pair ${record.number}: the prompt`, textBox(record.prompt),
-        note(record.source)),
+    const prompt = [`Pair ${record.number}: the prompt`, textBox(record.prompt), note(record.source)];
+    view.replaceChildren(fold(record.prompt.length < 600, ...prompt),
       el("dl", {class: "sums"}, ...valueList(sums.filter(row => row[1] !== null).map(([k, v]) => [k, signed(v)]))),
       el("div", {class: "grid sides"}, ...views.map(each => each.node)));
   }
