@@ -2,9 +2,11 @@
 // page through text nodes alone.
 const data = JSON.parse(document.getElementById("data").textContent);
 
-function el(name, attributes, ...children) {
+// A function among the attributes listens to the event of its name; children that are null are left out.
+function el(name, attributes = {}, ...children) {
   const node = document.createElement(name);
-  for (const key in attributes) node.setAttribute(key, attributes[key]);
+  for (const [key, value] of Object.entries(attributes))
+    typeof value === "function" ? node.addEventListener(key, value) : node.setAttribute(key, value);
   node.append(...children.filter(child => child !== null));
   return node;
 }
@@ -89,9 +91,9 @@ function drawChart(plot, chart) {
       if (each.label === u.series[i].label && each.show !== show) u.setSeries(k, {show});      // with the silent ones
     })]},
   }, [chart.x, ...lists.map(([values]) => values)], plot);
-  let at = -1;
   Object.assign(u.root, {tabIndex: 0, role: "group", ariaLabel: `${chart.title}. Arrow keys read it point by point.`});
-  onArrows(u.root, chart.x.length, () => at, to => u.setCursor({left: u.valToPos(chart.x[at = to], "x"), top: 10}));
+  const read = at => u.setCursor({left: u.valToPos(chart.x[at], "x"), top: 10});
+  onArrows(u.root, chart.x.length, () => u.cursor.idx ?? -1, read);
   u.root.addEventListener("blur", () => u.setCursor({left: -10, top: -10}));
   return u;
 }
@@ -166,18 +168,14 @@ function heatMap(m, side, by) {
     ...(m.f ? [["f ≤ 0", m.f.filter(f => f <= 0).length]] : [])];
   const read = el("dl", {class: "sums read"}), rest = () => read.replaceChildren(...valueList(totals));
   const show = t => read.replaceChildren(el("b", {}, quoted(m.tokens[t])), ...valueList(facts(t)));
-  const spans = m.tokens.map((token, t) => {
-    const label = [quoted(token), ...facts(t).slice(1, 3).map(row => row.join(" "))].join(", ");
-    const span = el("span", {role: "option", "aria-label": label}, ...pieceNodes(token));
-    span.addEventListener("pointerenter", () => show(t));
-    return span;
-  });
-  // A line breaks before a token that begins with a space, never behind the space.
-  const label = `${side} response, token by token`, box = el("div", {class: "tokens", role: "listbox", dir: "auto",
-    "aria-label": label},
+  const label = t => [quoted(m.tokens[t]), ...facts(t).slice(1, 3).map(row => row.join(" "))].join(", ");
+  const spans = m.tokens.map((token, t) =>
+    el("span", {role: "option", "aria-label": label(t), pointerenter: () => show(t)}, ...pieceNodes(token)));
+  const box = el("div", {class: "tokens", role: "listbox", dir: "auto", pointerleave: rest, focusout: rest,
+    "aria-label": `${side} response, token by token`},
+    // a line breaks before a token that begins with a space, never behind the space
     ...spans.flatMap((span, t) => m.tokens[t].startsWith(" ") ? [el("wbr"), span] : [span]));
   const recolour = by => spans.forEach((span, t) => paint(span, m, t, by));
-  for (const end of ["pointerleave", "focusout"]) box.addEventListener(end, rest);
   rove(box, spans, 0, show);
   rest();
   recolour(by);
@@ -186,12 +184,12 @@ function heatMap(m, side, by) {
 
 // A row of buttons, one of them pressed. names: [key, text] each.
 function choices(names, label, pick, first = 0) {
-  const buttons = names.map(([key, text]) => el("button", {type: "button", "data-key": key}, text));
+  const buttons = names.map(([key, text], i) =>
+    el("button", {type: "button", "data-key": key, click: () => press(i)}, text));
   const press = at => {
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === at));
     pick(names[at][0]);
   };
-  buttons.forEach((button, i) => button.addEventListener("click", () => press(i)));
   if (buttons.length) press(first);
   return el("div", {class: "group", role: "group", "aria-label": label}, ...buttons);
 }
@@ -202,7 +200,7 @@ function explorer() {
   const marks = new Map(data.classes.flatMap(({mark, pairs}) => pairs.map(number => [number, mark])));
   const count = el("span", {class: "muted", role: "status"}), scale = el("span", {class: "scale"});
   const listBox = el("div", {class: "card list"}), search = el("input", {type: "search", id: "find",
-    placeholder: "pair number or text", "aria-label": "Filter pairs by number or text"});
+    placeholder: "pair number or text", "aria-label": "Filter pairs by number or text", input: () => list()});
   let shown = null, views = [], among = all, by;
 
   function matching() {
@@ -252,7 +250,6 @@ function explorer() {
     if (among !== all) shown = null;         // open the class's first pair
     list();
   }, kinds.findIndex(({pairs}) => pairs.some(number => records.has(number))));
-  search.addEventListener("input", list);
   return el("div", {}, el("div", {class: "controls"}, classes, search, count), about,
     by ? el("div", {class: "controls"}, el("span", {class: "muted"}, "Colour by"), colours, scale) : null,
     el("div", {class: "explorer"}, listBox, view));

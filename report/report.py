@@ -220,7 +220,6 @@ def gather(out):
             pairs.append(read_pair(number, row))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             unread_tokens += 1
-
     classes, symbol = answer.classes_of(pairs, loss == "tgdpo"), SYMBOLS[loss]
     pieces, records = embedded_pairs(pairs, classes)
     unread = {"metrics.jsonl": unread_metrics, "tokens.jsonl": unread_tokens}
@@ -231,24 +230,12 @@ def gather(out):
         held = f"Token by token the page holds {len(records)} of the {len(pairs)} pairs"
         notes.append(held + "; its statistics are over all of them.")
     rows = [row for row in parsed(content(out / "samples.json"), list)[:MOST_SAMPLES] if isinstance(row, dict)]
-    return {
-        "name": name,
-        "about": about,
-        "notes": notes,
-        "answer": answer.answer(run, config, loss, stages, classes),
-        "symbol": symbol,
-        "meaning": meaning,
-        "colours": colours_of(pairs, symbol),
-        "pieces": pieces,
-        "pairs": records,
-        "classes": classes,
-        "moved": moved_section(pairs, symbol),
-        "curves": curves(stages),
-        "samples": [{clipped(k, 60): clipped(v) for k, v in row.items() if isinstance(v, str)} for row in rows],
-        "growth": growth(out),
-        "tables": run_tables(name, run, config, read_rows(out / "dropped.jsonl")[0]),
-        "command": clipped(run["command"]) if isinstance(run.get("command"), str) else "",
-    }
+    first = {"name": name, "about": about, "notes": notes, "answer": answer.answer(run, config, loss, stages, classes)}
+    tokens = {"symbol": symbol, "meaning": meaning, "colours": colours_of(pairs, symbol), "pieces": pieces}
+    tokens |= {"pairs": records, "classes": classes, "moved": moved_section(pairs, symbol), "curves": curves(stages)}
+    last = {"samples": [{clipped(k, 60): clipped(v) for k, v in row.items() if isinstance(v, str)} for row in rows]}
+    last |= {"growth": growth(out), "tables": run_tables(name, run, config, read_rows(out / "dropped.jsonl")[0])}
+    return first | tokens | last | {"command": clipped(run["command"]) if isinstance(run.get("command"), str) else ""}
 
 
 def growth(out):
