@@ -3,14 +3,12 @@
 from report.figures import NAMES, number_of, together
 from report.text import percent, signed
 
-MODELS = ("reference", "guide", "policy")
-
 
 def figures_of(run, stages):
     """({model: its final figures}, number of pairs or None): of run.json's table, before it of the last evaluations."""
     found, table = {}, run.get("table")
     for row in table if isinstance(table, list) else ():
-        if isinstance(row, dict) and row.get("model") in MODELS:
+        if isinstance(row, dict) and row.get("model") in ("guide", "policy"):
             found[row["model"]] = {key: number_of(value) for key, value in row.items()}
     for stage in [] if found else stages:
         for row in (row for row in stage["rows"] if row.get("eval")):
@@ -85,9 +83,6 @@ def words(figures, count, held_out, cells, phi):
             "by f in it, as in none of the guide's figures: do not set it beside them."
         )
         said.append(("φ, the margin that TGDPO optimises, is another figure:", text))
-    if not said and policy.get("accuracy") is not None:
-        text = f"{percent(policy['accuracy'], 1)} of {pairs} in the labelled order, mean margin "
-        said.append(("The policy:", f"{text}{signed(policy.get('margin'))}."))
     return said
 
 

@@ -150,10 +150,9 @@ def stages_of(rows, loss):
     stages = []
     for stage in dict.fromkeys(key[0] for key in newest):
         part = sorted((row for key, row in newest.items() if key[0] == stage), key=lambda row: row["step"])
-        title, role = NAMES.get(stage, visible(stage)), "policy"
+        title, role = NAMES.get(stage, visible(stage)), "policy" if stage == loss else "guide"
         if loss == "tgdpo":
-            title = f"Stage 2: {title}" if stage == "tgdpo" else f"Stage 1: the guide, trained with {title}"
-            role = {"tgdpo": "policy", "dpo": "guide"}.get(stage, visible(stage))
+            title = f"Stage 2: {title}" if role == "policy" else f"Stage 1: the guide, trained with {title}"
         stages.append({"title": title, "role": role, "rows": part})
     return stages
 
@@ -191,10 +190,9 @@ def by_side(style, points):
 
 def histogram(title, xlabel, values, more=""):
     """values: (chosen, rejected), each [N]; more: ends the note. The outermost half per cent is in the end bins."""
-    low, high = np.quantile(np.concatenate(values), [0.005, 0.995])
-    edges = np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, low + 0.5, 41)
-    shares = [np.histogram(part.clip(low, high), edges)[0] / len(part) for part in values]
-    series = by_side("bars", [((edges[1:] + edges[:-1]) / 2, share) for share in shares])
+    ends = np.quantile(np.concatenate(values), [0.005, 0.995])
+    bins = [np.histogram(part.clip(*ends), 40, ends) for part in values]
+    series = by_side("bars", [((edges[1:] + edges[:-1]) / 2, count / count.sum()) for count, edges in bins])
     told = [f"{side} mean {signed(v.mean())}, standard deviation {v.std():.3g}" for side, v in zip(SIDES, values)]
     return chart(title, xlabel, series, zero=True, note=f"Shares of a side's tokens: {'; '.join(told)}.{more}")
 
@@ -209,8 +207,10 @@ def moved_by_weight(f, moved):
     return chart("Where the policy moved, by weight f", "weight f", by_side("line", points), zero=True, note=note)
 
 
-def reward_by_length(lengths, totals, symbol):
-    """A point for each response: summed reward against length, both [P, 2]."""
+def reward_by_length(pairs, symbol):
+    """A point for each response: its summed reward against its length."""
+    sums = [[(len(y["tokens"]), y["reward"].sum(dtype=float)) for y in (pair.chosen, pair.rejected)] for pair in pairs]
+    lengths, totals = np.array(sums, np.float64).transpose(2, 0, 1)  # [P, 2] both
     apart = lengths + np.arange(lengths.size).reshape(lengths.shape) * 1e-9  # two points of one length stay two
     alone = correlation(lengths.ravel(), totals.ravel())
     differences = correlation(*(part[:, 0] - part[:, 1] for part in (lengths, totals)))
@@ -234,7 +234,7 @@ def carriers(pairs, symbol, reward, f):
             shares.insert(1, signed(reward[s][mine].mean() if mine.any() else None))
             rows.append([kind, side, f"{mine.sum():,}", percent(mine.sum(), len(mine)), *shares])
     columns = ["", "side", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * bool(f)
-    return columns, rows, end
+    return {"columns": columns, "table": rows, "end": visible(end)}
 
 
 def moved_section(pairs, symbol):
@@ -243,15 +243,10 @@ def moved_section(pairs, symbol):
     if not pairs:
         return None
     reward, f, moved = (gathered(pairs, name) for name in ("reward", "f", "moved"))
-    each = [[(len(y["tokens"]), y["reward"].sum(dtype=float)) for y in (pair.chosen, pair.rejected)] for pair in pairs]
-    lengths, totals = np.array(each, np.float64).transpose(2, 0, 1)  # [P, 2] both
     charts = [histogram(f"Distribution of {symbol}", symbol, reward)]
     if f:
-        flipped = [percent((part <= 0).sum(), len(part)) for part in f]
-        more = f" f ≤ 0: {flipped[0]} of the chosen tokens, {flipped[1]} of the rejected."
-        charts.append(histogram("Distribution of f", "weight f", f, more))
+        flipped = "f ≤ 0: {} of the chosen tokens, {} of the rejected.".format(*(f"{(x <= 0).mean():.1%}" for x in f))
+        charts.append(histogram("Distribution of f", "weight f", f, f" {flipped}"))
     if f and moved:
         charts.append(moved_by_weight(f, moved))
-    charts.append(reward_by_length(lengths, totals, symbol))
-    columns, table, end = carriers(pairs, symbol, reward, f)
-    return {"charts": charts, "columns": columns, "table": table, "end": visible(end)}
+    return {"charts": [*charts, reward_by_length(pairs, symbol)], **carriers(pairs, symbol, reward, f)}

@@ -95,22 +95,19 @@ def flatten(table, prefix=""):
     return flat
 
 
-def read_response(record):
-    """One side of a tokens.jsonl row, checked. ValueError where it is not whole."""
-    tokens = record["tokens"]
-    if not tokens or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokens must be strings")
-    numbers = {name: np.array(record[name], np.float64) for name in NUMBERS if record.get(name) is not None}
-    if any(values.shape != (len(tokens),) or not (abs(values) < 1e6).all() for values in numbers.values()):
-        raise ValueError("numbers do not match the tokens or are not finite")
-    return {"tokens": list(tokens)} | {name: values.astype(np.float32) for name, values in numbers.items()}
-
-
 def read_pair(number, row):
     """A row of tokens.jsonl -> Pair. ValueError, KeyError or TypeError where the row is not whole."""
+    sides = []
+    for tokens, record in ((row[side]["tokens"], row[side]) for side in SIDES):
+        numbers = {name: np.array(record[name], np.float64) for name in NUMBERS if record.get(name) is not None}
+        if not tokens or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("tokens must be strings")
+        if any(values.shape != (len(tokens),) or not (abs(values) < 1e6).all() for values in numbers.values()):
+            raise ValueError("numbers do not match the tokens or are not finite")
+        sides.append({"tokens": list(tokens)} | {name: values.astype(np.float32) for name, values in numbers.items()})
     texts = (str(row.get(key, "")) for key in ("source", "prompt"))
     totals = (number_of(row.get(key)) for key in ("margin", "dpo_margin", "phi"))
-    return Pair(number, *texts, *(read_response(row[side]) for side in SIDES), *totals)
+    return Pair(number, *texts, *sides, *totals)
 
 
 def embedded_pairs(pairs, classes):
