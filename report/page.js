@@ -49,7 +49,6 @@ function rove(box, items, at, enter) {
 }
 
 // --- charts --------------------------------------------------------------------------------------
-
 const css = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const pale = (colour, share) => colour + Math.round(255 * share).toString(16);   // of #rrggbb
 
@@ -111,7 +110,6 @@ function chartFigure(chart) {
 const charts = (list, kind = "") => el("div", {class: "grid " + kind}, ...list.map(chartFigure));
 
 // --- tables --------------------------------------------------------------------------------------
-
 function tableBox({title, columns, rows}, kind = "") {
   const line = (cells, scope) => el("tr", {}, ...cells.map((text, i) =>
     i && scope === "row" ? el("td", {"data-column": columns[i]}, text) : el("th", {scope}, text)));
@@ -122,7 +120,6 @@ function tableBox({title, columns, rows}, kind = "") {
 }
 
 // --- tokens --------------------------------------------------------------------------------------
-
 const SIDES = ["chosen", "rejected"];
 const FACTS = [["reward", data.symbol, signed], ["f", "weight f", f => short(f) + (f <= 0 ? " (sign flips)" : "")],
   ["share", "share of Σ|f|", share => (100 * share).toFixed(2) + "%"], ["ref", "log π_ref", short],
@@ -152,15 +149,17 @@ const gist = prompt =>
 const textBox = (text, kind = "") => el("div", {class: "text " + kind, tabindex: 0}, text);
 const valueList = rows => rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)));
 
-// by: one of data.colours, or undefined where the run recorded nothing to colour by.
-function paint(span, m, t, by) {
+let by;    // one of data.colours, or undefined where the run recorded nothing to colour by
+
+function paint(span, m, t) {
   const value = by && m[by.key] ? m[by.key][t] - by.middle : 0;
   span.style.setProperty("--m", (value && 60 * Math.min(1, Math.abs(value) / by.scale)).toFixed(0) + "%");
   const names = {more: value > 0, less: value < 0, long: m.tokens[t].length > 24, flip: m.f && m.f[t] <= 0};
   span.className = ["tok", ...Object.keys(names).filter(name => names[name])].join(" ");
 }
 
-function heatMap(m, side, by) {
+// The response as coloured tokens, {node, recolour}; above it what is known of one token, else of the whole.
+function heatMap(m, side) {
   const known = FACTS.filter(([key]) => m[key]), summed = known.filter(([key]) => ["reward", "moved"].includes(key));
   const facts = t => [["token", `${t + 1} of ${m.tokens.length}`],
     ...known.map(([key, name, form]) => [name, form(m[key][t])])];
@@ -175,20 +174,20 @@ function heatMap(m, side, by) {
     "aria-label": `${side} response, token by token`},
     // a line breaks before a token that begins with a space, never behind the space
     ...spans.flatMap((span, t) => m.tokens[t].startsWith(" ") ? [el("wbr"), span] : [span]));
-  const recolour = by => spans.forEach((span, t) => paint(span, m, t, by));
+  const recolour = () => spans.forEach((span, t) => paint(span, m, t));
   rove(box, spans, 0, show);
   rest();
-  recolour(by);
+  recolour();
   return {node: card(el("h4", {class: side}, `The ${side} response`), read, box), recolour};
 }
 
-// A row of buttons, one of them pressed. names: [key, text] each.
-function choices(names, label, pick, first = 0) {
-  const buttons = names.map(([key, text], i) =>
-    el("button", {type: "button", "data-key": key, click: () => press(i)}, text));
+// A row of buttons, one of them pressed, each for one of `all` and named text(it).
+function choices(all, label, text, pick, first = 0) {
+  const buttons = all.map((each, i) =>
+    el("button", {type: "button", "data-key": each.key || each.name, click: () => press(i)}, text(each)));
   const press = at => {
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === at));
-    pick(names[at][0]);
+    pick(all[at]);
   };
   if (buttons.length) press(first);
   return el("div", {class: "group", role: "group", "aria-label": label}, ...buttons);
@@ -201,19 +200,16 @@ function explorer() {
   const count = el("span", {class: "muted", role: "status"}), scale = el("span", {class: "scale"});
   const listBox = el("div", {class: "card list"}), search = el("input", {type: "search", id: "find",
     placeholder: "pair number or text", "aria-label": "Filter pairs by number or text", input: () => list()});
-  let shown = null, views = [], among = all, by;
-
-  function matching() {
-    const wanted = search.value.trim().toLowerCase();
-    const pool = among.pairs.map(number => records.get(number)).filter(found => found);
-    const exact = pool.filter(({number}) => [`${number}`, `#${number}`].includes(wanted));
-    return exact.length ? exact : pool.filter(({source, prompt, chosen, rejected}) =>
-      [source, prompt, chosen.tokens.join(""), rejected.tokens.join("")].join("\n").toLowerCase().includes(wanted));
-  }
+  let shown = null, views = [], among = all;
 
   function list() {
+    const wanted = search.value.trim().toLowerCase(), pool = among.pairs.map(number => records.get(number));
+    const exact = pool.filter(record => record && [`${record.number}`, `#${record.number}`].includes(wanted));
+    const texts = ({source, prompt, chosen, rejected}) => [source, prompt, ...chosen.tokens, "\n", ...rejected.tokens];
+    const found = exact.length ? exact
+      : pool.filter(record => record && texts(record).join("").toLowerCase().includes(wanted));
     const told = (name, value) => value === null ? "" : ` ${name} ${signed(value)} `;
-    const found = matching(), options = found.map(({number, margin, dpo_margin: plain, prompt}) =>
+    const options = found.map(({number, margin, dpo_margin: plain, prompt}) =>
       el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), marks.get(number) || "",
         told("Σ " + data.symbol, margin), told("margin", plain), el("span", {class: "snippet"}, gist(prompt))));
     const box = el("div", {role: "listbox", "aria-label": "Pairs"}, ...options);
@@ -228,7 +224,7 @@ function explorer() {
   }
 
   function show(record) {
-    views = SIDES.map(side => heatMap(record[side], side, by));
+    views = SIDES.map(side => heatMap(record[side], side));
     const sums = [[`Σ ${data.symbol}, chosen less rejected`, record.margin], ["the policy's plain DPO margin",
       record.dpo_margin], ["its optimised margin φ", record.chosen.f ? record.phi : null]];
     const prompt = [`Pair ${record.number}: the prompt`, textBox(record.prompt), note(record.source)];
@@ -237,15 +233,15 @@ function explorer() {
       el("div", {class: "grid sides"}, ...views.map(each => each.node)));
   }
 
-  const colours = choices(data.colours.map(each => [each.key, each.name]), "Colour by", key => {
-    by = data.colours.find(each => each.key === key);
-    views.forEach(each => each.recolour(by));
+  const colours = choices(data.colours, "Colour by", each => each.name, each => {
+    by = each;
+    views.forEach(each => each.recolour());
     scale.replaceChildren(short(by.middle - by.scale), el("span", {class: "bar"}), short(by.middle + by.scale),
-      key === "f" ? "wavy underline: f ≤ 0" : "");
+      by.key === "f" ? "wavy underline: f ≤ 0" : "");
   });
-  const names = kinds.map(({name, mark, pairs}) => [name, `${mark} ${name} (${pairs.length})`]);
-  const classes = choices(names, "Which pairs", name => {
-    among = kinds.find(each => each.name === name);
+  const named = ({name, mark, pairs}) => `${mark} ${name} (${pairs.length})`;
+  const classes = choices(kinds, "Which pairs", named, each => {
+    among = each;
     about.textContent = among.note;
     if (among !== all) shown = null;         // open the class's first pair
     list();
@@ -256,7 +252,6 @@ function explorer() {
 }
 
 // --- the page ------------------------------------------------------------------------------------
-
 const main = document.querySelector("main"), links = el("div");
 document.querySelector("nav").append(links);
 
