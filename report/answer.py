@@ -1,15 +1,13 @@
 """What the page says first: did the guidance help, and where. From recorded figures; nothing here computes one anew."""
 
 from report.figures import NAMES, number_of, together
-from report.text import percent, signed
+from report.text import signed
 
 
 def figures_of(run, stages):
     """({model: its final figures}, number of pairs or None): of run.json's table, before it of the last evaluations."""
-    found, table = {}, run.get("table")
-    for row in table if isinstance(table, list) else ():
-        if isinstance(row, dict) and row.get("model") in ("guide", "policy"):
-            found[row["model"]] = {key: number_of(value) for key, value in row.items()}
+    table = [row for row in run["table"] if isinstance(row, dict)] if isinstance(run.get("table"), list) else []
+    found = {str(row.get("model")): {key: number_of(value) for key, value in row.items()} for row in table}
     for stage in [] if found else stages:
         for row in (row for row in stage["rows"] if row.get("eval")):
             plain = [key for key in row if key.startswith(("dpo_", "logratio_"))]
@@ -44,21 +42,21 @@ def words(figures, count, held_out, cells, phi):
     if known("accuracy", "margin"):
         better, noise = policy["accuracy"] - guide["accuracy"], 2 * (0.25 / count) ** 0.5 if count else 0.0
         lead = "yes." if better > noise else "no." if better < -noise else "neither way that so few can show."
-        chance = f"; chance alone moves either by some {percent(noise, 1)}" if count else ""
+        chance = f"; chance alone moves either by some {noise:.1%}" if count else ""
         text = (
-            f"Of {pairs}, the policy (TGDPO) puts {percent(policy['accuracy'], 1)} in the labelled order by the plain "
-            f"DPO margin, the guide (DPO) {percent(guide['accuracy'], 1)}{chance}. "
+            f"Of {pairs}, the policy (TGDPO) puts {policy['accuracy']:.1%} in the labelled order by the plain "
+            f"DPO margin, the guide (DPO) {guide['accuracy']:.1%}{chance}. "
             f"The mean margin is {signed(policy['margin'])} against {signed(guide['margin'])}."
         )
         said.append((f"In ranking pairs, {lead}", text))
     if known("gold", "kl", "wins"):
         yes, more = policy["gold"] > guide["gold"], policy["kl"] > guide["kl"]
-        each = [
-            f"{name} {signed(mine['gold'])} at KL {mine['kl']:.3g}, above the reference in {percent(mine['wins'], 1)}"
+        text = "; ".join(
+            f"{name} {signed(mine['gold'])} at KL {mine['kl']:.3g}, above the reference in {mine['wins']:.1%}"
             for name, mine in (("guide", guide), ("policy", policy))
-        ]
+        )
         lead = f"By the true reward, {'yes' if yes else 'no'}, at {'more' if more else 'less'} KL."
-        said.append((lead, f"Known in this example alone, of sampled replies: {'; '.join(each)}."))
+        said.append((lead, f"Known in this example alone, of sampled replies: {text}."))
     if len(cells) == 4:
         up, down, right, wrong = (len(each["pairs"]) for each in cells)
         text = (
@@ -79,7 +77,7 @@ def words(figures, count, held_out, cells, phi):
         said.append((lead, text))
     if known("accuracy") and None not in phi:
         text = (
-            f"{signed(phi[0])} in the mean, above 0 on {percent(phi[1], 1)} of the same pairs. Each token is weighed "
+            f"{signed(phi[0])} in the mean, above 0 on {phi[1]:.1%} of the same pairs. Each token is weighed "
             "by f in it, as in none of the guide's figures: do not set it beside them."
         )
         said.append(("φ, the margin that TGDPO optimises, is another figure:", text))

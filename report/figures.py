@@ -19,11 +19,8 @@ KINDS = ("end token", "punctuation", "white space", "other")  # of tokens
 
 
 def number_of(value):
-    """value as a float where it is a finite number, else None."""
-    try:
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    except OverflowError:  # an integer beyond float's range
-        return None
+    """value as a float where it is a number within float's range, else None."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
 
 
 def plain_numbers(values):
@@ -138,10 +135,8 @@ def curves(stages):
 
 
 def stages_of(rows, loss):
-    """metrics.jsonl's rows by stage, in the order of the run: dicts of title, role and rows, sorted by step.
-
-    loss: the run's. A resumed run writes some steps again: the last row of a step counts.
-    """
+    """metrics.jsonl's rows by stage, in the order of the run: dicts of title, role and rows, sorted by step. Of a step
+    that a resumed run has written again, the last row counts."""
     newest = {}
     for row in rows:
         stage, step = row.get("stage"), row.get("step")
@@ -171,10 +166,9 @@ def with_recorded(pairs, name):
 
 def kind_of(token):
     """ "white space", "punctuation" (and symbols) or "other", for the table of what carries the reward."""
-    bare = token.strip()
-    if not bare:
-        return "white space" if token else "other"  # "" is a token that ends inside a character
-    return "punctuation" if all(unicodedata.category(c)[0] in "PS" for c in bare) else "other"
+    if token.isspace():
+        return "white space"
+    return "punctuation" if token and all(unicodedata.category(c)[0] in "PS" for c in token.strip()) else "other"
 
 
 def correlation(x, y):

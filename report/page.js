@@ -196,7 +196,6 @@ function choices(all, label, text, pick, first = 0) {
 function explorer() {
   const records = new Map(data.pairs.map(record => [record.number, record])), view = el("div"), about = note("");
   const all = {name: "all", mark: "", note: "", pairs: [...records.keys()]}, kinds = [...data.classes, all];
-  const marks = new Map(data.classes.flatMap(({mark, pairs}) => pairs.map(number => [number, mark])));
   const count = el("span", {class: "muted", role: "status"}), scale = el("span", {class: "scale"});
   const listBox = el("div", {class: "card list"}), search = el("input", {type: "search", id: "find",
     placeholder: "pair number or text", "aria-label": "Filter pairs by number or text", input: () => list()});
@@ -205,12 +204,13 @@ function explorer() {
   function list() {
     const wanted = search.value.trim().toLowerCase(), pool = among.pairs.map(number => records.get(number));
     const exact = pool.filter(record => record && [`${record.number}`, `#${record.number}`].includes(wanted));
-    const texts = ({source, prompt, chosen, rejected}) => [source, prompt, ...chosen.tokens, "\n", ...rejected.tokens];
-    const found = exact.length ? exact
-      : pool.filter(record => record && texts(record).join("").toLowerCase().includes(wanted));
+    const text = ({source, prompt, chosen, rejected}) =>
+      [source, "\n", prompt, "\n", ...chosen.tokens, "\n", ...rejected.tokens].join("").toLowerCase();
+    const found = exact.length ? exact : pool.filter(record => record && text(record).includes(wanted));
     const told = (name, value) => value === null ? "" : ` ${name} ${signed(value)} `;
     const options = found.map(({number, margin, dpo_margin: plain, prompt}) =>
-      el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), marks.get(number) || "",
+      el("div", {role: "option", "data-pair": number}, el("b", {}, `#${number} `), 
+        kinds.find(({pairs}) => pairs.includes(number)).mark,
         told("Σ " + data.symbol, margin), told("margin", plain), el("span", {class: "snippet"}, gist(prompt))));
     const box = el("div", {role: "listbox", "aria-label": "Pairs"}, ...options);
     count.textContent = `${found.length} of ${data.pairs.length} pairs`;

@@ -111,11 +111,8 @@ def read_pair(number, row):
 
 
 def embedded_pairs(pairs, classes):
-    """(pieces, pairs) for the page: tokens as places in a list of distinct pieces, these and the numbers in base64:
-    exact, and half as long as digits.
-
-    Pairs of the first two classes come first when MOST_TOKENS leaves no room for all.
-    """
+    """(pieces, pairs) for the page: tokens as places in a list of distinct pieces, these and the numbers in base64,
+    exact and half as long as digits. Pairs of the first two classes come first when MOST_TOKENS has no room for all."""
     packed = lambda values: base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
     listed = {number for each in classes[:2] for number in each["pairs"]}
     room, pieces, records = MOST_TOKENS, {}, []
@@ -135,10 +132,8 @@ def embedded_pairs(pairs, classes):
 
 
 def colours_of(pairs, symbol):
-    """What the tokens may be coloured by: list of {key, name, middle, scale}, of what is recorded.
-
-    scale: the 98 % quantile of the distance from the middle, over all tokens; 1 where there is none.
-    """
+    """What the tokens may be coloured by, of what is recorded: list of {key, name, middle, scale}. scale: the 98 %
+    quantile of the distance from the middle, over all tokens; 1 where there is none."""
     colours = []
     for key, name, middle in (("reward", symbol, 0), ("f", "weight f", 1), ("moved", "log π/π_ref", 0)):
         if values := gathered(with_recorded(pairs, key), key):
@@ -218,10 +213,10 @@ def gather(out):
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             unread_tokens += 1
     classes, symbol = answer.classes_of(pairs, loss == "tgdpo"), SYMBOLS[loss]
-    pieces, records = embedded_pairs(pairs, classes)
+    moved, (pieces, records) = moved_section(pairs, symbol), embedded_pairs(pairs, classes)
     unread = {"metrics.jsonl": unread_metrics, "tokens.jsonl": unread_tokens}
     notes = [f"{n} line(s) of {file} could not be read and are left out." for file, n in unread.items() if n]
-    if pairs and not with_recorded(pairs, "reward"):
+    if pairs and not moved:
         notes.append("tokens.jsonl holds no rewards, so the page shows no colours and nothing of what moved.")
     if len(records) < len(pairs):
         held = f"Token by token the page holds {len(records)} of the {len(pairs)} pairs"
@@ -229,7 +224,7 @@ def gather(out):
     rows = [row for row in parsed(content(out / "samples.json"), list)[:MOST_SAMPLES] if isinstance(row, dict)]
     first = {"name": name, "about": about, "notes": notes, "answer": answer.answer(run, config, loss, stages, classes)}
     tokens = {"symbol": symbol, "meaning": meaning, "colours": colours_of(pairs, symbol), "pieces": pieces}
-    tokens |= {"pairs": records, "classes": classes, "moved": moved_section(pairs, symbol), "curves": curves(stages)}
+    tokens |= {"pairs": records, "classes": classes, "moved": moved, "curves": curves(stages)}
     last = {"samples": [{clipped(k, 60): clipped(v) for k, v in row.items() if isinstance(v, str)} for row in rows]}
     last |= {"growth": growth(out), "tables": run_tables(name, run, config, read_rows(out / "dropped.jsonl")[0])}
     return first | tokens | last | {"command": clipped(run["command"]) if isinstance(run.get("command"), str) else ""}
@@ -269,15 +264,12 @@ def page(data):
     """The HTML of the report. Its own script and style are the only ones its content policy lets run."""
     read = lambda *names: "".join((HERE / name).read_text(encoding="utf-8") for name in names)
     parts = {"STYLE": read("uPlot.min.css", "page.css"), "SCRIPT": read("uPlot.iife.min.js", "page.js")}
-    digest = {key: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for key, text in parts.items()}
-    parts["POLICY"] = (
-        f"default-src 'none'; script-src 'sha256-{digest['SCRIPT']}'; style-src 'sha256-{digest['STYLE']}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    hashed = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    parts |= {f"{key}_HASH": hashed(text) for key, text in parts.items()}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII, and below no character that HTML reads
     parts["DATA"] = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
     parts["TITLE"] = html.escape(data["name"])
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match[1]], read("page.html"))
+    return re.sub(r"\{\{([A-Z_]+)\}\}", lambda match: parts[match[1]], read("page.html"))
 
 
 def write(*outs, to=None):
