@@ -86,7 +86,6 @@ def words(figures, count, held_out, cells, phi):
 
 def classes_of(pairs, guided):
     """The kinds of pairs of the token view: list of {name, mark, note, pairs: numbers}, the pairs that tell most first.
-
     With guide and policy: by whether the guide's summed r̂ and the policy's plain DPO margin have the labelled order.
     Without a policy yet, or without a guide, by the summed reward alone."""
     pairs = [pair for pair in pairs if pair.margin is not None]

@@ -1,7 +1,7 @@
 """The report's curves, distributions and table, as data: statistics of what the run recorded.
 
-A chart is a dict {title, xlabel, x, series, …} that page.js hands to uPlot; see `chart`. A pair is report.py's
-Pair: its formulas were evaluated in the run, and nothing here evaluates one again.
+A chart is a dict {title, xlabel, x, series, …} that page.js hands to uPlot; see `chart`. A pair is report.py's Pair:
+its formulas were evaluated in the run, and nothing here evaluates one again.
 """
 
 import collections
@@ -31,10 +31,8 @@ def plain_numbers(values):
 def chart(title, xlabel, series, **more):
     """A chart of several series on one list of x, None where a series has no value.
 
-    series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth
-    (drawn over a pale y), low and high (a band), dash. more: zero (the y axis holds 0), range (what the y axis holds),
-    small, note.
-    """
+    series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth (drawn
+    over a pale y), low and high (a band), dash. more: zero (the y axis holds 0), range (what it holds), small, note."""
     places = sorted({at for each in series for at in each["x"]})
     for each in series:
         for key in {"y", "smooth", "low", "high"} & set(each):
@@ -141,14 +139,13 @@ def stages_of(rows, loss):
     for row in rows:
         stage, step = row.get("stage"), row.get("step")
         if isinstance(stage, str) and number_of(step) is not None:
-            newest[stage, bool(row.get("eval")), step] = row
+            newest.setdefault(stage, {})[bool(row.get("eval")), step] = row
     stages = []
-    for stage in dict.fromkeys(key[0] for key in newest):
-        part = sorted((row for key, row in newest.items() if key[0] == stage), key=lambda row: row["step"])
+    for stage, part in newest.items():
         title, role = NAMES.get(stage, visible(stage)), "policy" if stage == loss else "guide"
         if loss == "tgdpo":
             title = f"Stage 2: {title}" if role == "policy" else f"Stage 1: the guide, trained with {title}"
-        stages.append({"title": title, "role": role, "rows": part})
+        stages.append({"title": title, "role": role, "rows": sorted(part.values(), key=lambda row: row["step"])})
     return stages
 
 

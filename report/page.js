@@ -151,13 +151,6 @@ const valueList = rows => rows.map(([name, value]) => el("div", {}, el("dt", {},
 
 let by;    // one of data.colours, or undefined where the run recorded nothing to colour by
 
-function paint(span, m, t) {
-  const value = by && m[by.key] ? m[by.key][t] - by.middle : 0;
-  span.style.setProperty("--m", (value && 60 * Math.min(1, Math.abs(value) / by.scale)).toFixed(0) + "%");
-  const names = {more: value > 0, less: value < 0, long: m.tokens[t].length > 24, flip: m.f && m.f[t] <= 0};
-  span.className = ["tok", ...Object.keys(names).filter(name => names[name])].join(" ");
-}
-
 // The response as coloured tokens, {node, recolour}; above it what is known of one token, else of the whole.
 function heatMap(m, side) {
   const known = FACTS.filter(([key]) => m[key]), summed = known.filter(([key]) => ["reward", "moved"].includes(key));
@@ -174,7 +167,12 @@ function heatMap(m, side) {
     "aria-label": `${side} response, token by token`},
     // a line breaks before a token that begins with a space, never behind the space
     ...spans.flatMap((span, t) => m.tokens[t].startsWith(" ") ? [el("wbr"), span] : [span]));
-  const recolour = () => spans.forEach((span, t) => paint(span, m, t));
+  const recolour = () => spans.forEach((span, t) => {
+    const value = by && m[by.key] ? m[by.key][t] - by.middle : 0;
+    span.style.setProperty("--m", (value && 60 * Math.min(1, Math.abs(value) / by.scale)).toFixed(0) + "%");
+    const names = {more: value > 0, less: value < 0, long: m.tokens[t].length > 24, flip: m.f && m.f[t] <= 0};
+    span.className = ["tok", ...Object.keys(names).filter(name => names[name])].join(" ");
+  });
   rove(box, spans, 0, show);
   rest();
   recolour();

@@ -274,9 +274,8 @@ def page(data):
 
 def write(*outs, to=None):
     """Makes the page of a run directory, OUT/report.html, or of several, compare.html, or at `to`; returns its path.
-
-    It is written beside its place and renamed, so that a browser never sees half of it. FileNotFoundError where
-    there is no such directory, OSError where the page cannot be written."""
+    Renamed when it is whole, so that a browser never sees half of it. OSError where it cannot be written, of it
+    FileNotFoundError where there is no such directory."""
     outs = [pathlib.Path(out) for out in outs]
     text = page(gather(outs[0]) if len(outs) == 1 else compared(outs))
     output = pathlib.Path(to or (outs[0] / "report.html" if len(outs) == 1 else "compare.html"))
