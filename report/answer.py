@@ -19,10 +19,8 @@ def figures_of(run, stages):
 def answer(run, config, loss, stages, classes):
     """The first section of a run's page: its title, words, and the charts of its picture. run: run.json;
     classes: of classes_of."""
-    evaluations = [
-        row for stage in stages for row in stage["rows"] if row["stage"] == loss == "tgdpo" and row.get("eval")
-    ]
-    phi = [number_of(evaluations[-1].get(key)) for key in ("margin", "accuracy")] if evaluations else [None]
+    last = [row for stage in stages if stage["role"] == "policy" for row in stage["rows"] if row.get("eval")]
+    phi = [number_of(last[-1].get(key)) for key in ("margin", "accuracy")] if last else [None]
     held_out = bool(config.get("eval_data") or config.get("eval_fraction"))
     both = "Guide (DPO) and policy (TGDPO) on the same pairs"
     return {
@@ -64,10 +62,8 @@ def words(figures, count, held_out, cells, phi):
             f"and {down} wrong that the guide has right; both have {right} right and {wrong} wrong."
         )
         said.append(("Where?", text))
-    if known("logratio_chosen", "logratio_rejected"):
-        chosen, rejected = (
-            f"{signed(guide[key])} and {signed(policy[key])}" for key in ("logratio_chosen", "logratio_rejected")
-        )
+    if known(*(keys := ("logratio_chosen", "logratio_rejected"))):
+        chosen, rejected = (f"{signed(guide[key])} and {signed(policy[key])}" for key in keys)
         text = (
             f"Summed log π/π_ref of guide and policy: chosen {chosen}, rejected {rejected}. What the guidance adds "
             "does not look at the label and tends to lower both responses (derive.md, D17-D19); the margin is the "

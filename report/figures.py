@@ -30,7 +30,6 @@ def plain_numbers(values):
 
 def chart(title, xlabel, series, **more):
     """A chart of several series on one list of x, None where a series has no value.
-
     series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth (drawn
     over a pale y), low and high (a band), dash. more: zero (the y axis holds 0), range (what it holds), small, note."""
     places = sorted({at for each in series for at in each["x"]})
@@ -92,7 +91,6 @@ def curve(rows, key, held_out, band=False, **look):
 
 def together(lines, rest=False):
     """What is known of several trainings, on one axis against steps: charts of plain accuracy, margin and log-ratios.
-
     lines: [(name, rows of metrics.jsonl)]; rest: the other charts instead. Held-out figures where there are ENOUGH of
     them, else training's too."""
     first, charts = list(CURVES)[:4], []

@@ -100,10 +100,9 @@ def read_pair(number, row):
     sides = []
     for tokens, record in ((row[side]["tokens"], row[side]) for side in SIDES):
         numbers = {name: np.array(record[name], np.float64) for name in NUMBERS if record.get(name) is not None}
-        if not tokens or not all(isinstance(token, str) for token in tokens):
-            raise ValueError("tokens must be strings")
-        if any(values.shape != (len(tokens),) or not (abs(values) < 1e6).all() for values in numbers.values()):
-            raise ValueError("numbers do not match the tokens or are not finite")
+        whole = all(values.shape == (len(tokens),) and (abs(values) < 1e6).all() for values in numbers.values())
+        if not tokens or not whole or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("tokens must be strings, with a finite number each")
         sides.append({"tokens": list(tokens)} | {name: values.astype(np.float32) for name, values in numbers.items()})
     texts = (str(row.get(key, "")) for key in ("source", "prompt"))
     totals = (number_of(row.get(key)) for key in ("margin", "dpo_margin", "phi"))
@@ -193,8 +192,7 @@ def read_run(out):
     settings += [f"parts {' '.join(parts)}"] * bool(parts) + ["centred guidance"] * centred
     settings += [f"adapters of rank {written(config['lora_rank'])}"] if config.get("lora_rank") else []
     about = [" with ".join([NAMES[loss], *[", ".join(settings)] * bool(settings)])]
-    if config.get("model"):
-        about.append(f"from {clipped(str(config['model']), 120)}")
+    about += [f"from {clipped(str(config['model']), 120)}"] if config.get("model") else []
     if stages:
         about.append(f"{stages[-1]['title']}, step {stages[-1]['rows'][-1]['step']:g}")
         stamp = time.gmtime((out / "metrics.jsonl").stat().st_mtime)
@@ -250,14 +248,11 @@ def compared(outs):
     rows = [[key, *values] for key, values in settings.items() if any(value != values[0] for value in values)]
     tables = final_table({name: run.run for name, run in names.items()})
     tables += table("settings", "Settings that differ", ["", *names], rows)
-    words = [(f"{name}:", run.about) for name, run in names.items()]
-    first = {"title": "The runs", "words": words, "picture": "The last stage of each, against steps"}
-    more = {"answer": first | {"charts": together(lines)}, "curves": together(lines, rest=True), "tables": tables}
-    return (
-        {"name": f"{len(names)} runs compared", "about": ""}
-        | more
-        | dict.fromkeys(("notes", "pairs", "samples", "growth"), [])
-    )
+    first = {"title": "The runs", "picture": "The last stage of each, against steps", "charts": together(lines)}
+    first["words"] = [(f"{name}:", run.about) for name, run in names.items()]
+    more = {"answer": first, "curves": together(lines, rest=True), "tables": tables}
+    empty = {"notes": [], "pairs": [], "samples": [], "growth": []}
+    return {"name": f"{len(names)} runs compared", "about": ""} | more | empty
 
 
 def page(data):
