@@ -139,12 +139,10 @@ for (const record of data.pairs) for (const side of SIDES) {
 const MARKS = {" ": "space", "\n": "line", "\t": "tab"};
 const pieceNodes = text => text === "" ? [el("span", {class: "part"})] : text.split(/([ \n\t])/).map(part =>
   MARKS[part] ? el("span", {class: MARKS[part]}, part) : part);
-const quoted = text =>
-  text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(part of a character)";
+const quoted = text => text.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(part of a character)";
 
 // The end of a prompt without its template's marks: what tells one pair from another in a list.
-const gist = prompt =>
-  prompt.replace(/<\|[^|]*\|>|\[\/?INST\]|<\/?s>/g, " ").replace(/\s+/g, " ").trim().slice(-110);
+const gist = prompt => prompt.replace(/<\|[^|]*\|>|\[\/?INST\]|<\/?s>/g, " ").replace(/\s+/g, " ").trim().slice(-110);
 
 const textBox = (text, kind = "") => el("div", {class: "text " + kind, tabindex: 0}, text);
 const valueList = rows => rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)));
@@ -237,8 +235,7 @@ function explorer() {
     scale.replaceChildren(short(by.middle - by.scale), el("span", {class: "bar"}), short(by.middle + by.scale),
       by.key === "f" ? "wavy underline: f ≤ 0" : "");
   });
-  const named = ({name, mark, pairs}) => `${mark} ${name} (${pairs.length})`;
-  const classes = choices(kinds, "Which pairs", named, each => {
+  const classes = choices(kinds, "Which pairs", ({name, mark, pairs}) => `${mark} ${name} (${pairs.length})`, each => {
     among = each;
     about.textContent = among.note;
     if (among !== all) shown = null;         // open the class's first pair

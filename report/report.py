@@ -5,8 +5,8 @@
 
 It shows what there is of a run's metrics.jsonl, config.toml, tokens.jsonl, samples.json, samples.jsonl, dropped.jsonl
 and run.json: each may be missing or half written. Here stands what the page says, in answer.py what it says first, in
-figures.py its charts; page.html, page.css and page.js are how it looks. Everything that a model or a stranger wrote
-travels as JSON and reaches the page as text nodes, its unseen characters spelled out (text.py).
+figures.py its charts; page.html, page.css and page.js are how it looks. What a model or a stranger wrote travels as
+JSON and reaches the page as text nodes, its unseen characters spelled out (text.py).
 """
 
 import argparse
@@ -116,8 +116,7 @@ def embedded_pairs(pairs, classes):
     listed = {number for each in classes[:2] for number in each["pairs"]}
     room, pieces, records = MOST_TOKENS, {}, []
     for pair in sorted(pairs, key=lambda pair: pair.number not in listed):
-        length = len(pair.chosen["tokens"]) + len(pair.rejected["tokens"])
-        if length > room:
+        if (length := len(pair.chosen["tokens"]) + len(pair.rejected["tokens"])) > room:
             continue
         room -= length
         record = {key: getattr(pair, key) for key in ("number", "margin", "dpo_margin", "phi")}

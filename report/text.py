@@ -38,11 +38,8 @@ def clipped(text, most=MOST_TEXT):
 
 def written(value):
     """A setting or a count as text for a table cell."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return clipped(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
+    text = "–" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+    return clipped(text if isinstance(text, str) else json.dumps(text, default=str, ensure_ascii=False))
 
 
 def percent(part, whole):
