@@ -1,6 +1,6 @@
 """What the page says first: did the guidance help, and where. From recorded figures; nothing here computes one anew."""
 
-from report.figures import NAMES, number_of, together
+from report.figures import NAMES, SIDES, number_of, together
 from report.text import signed
 
 
@@ -62,12 +62,12 @@ def words(figures, count, held_out, cells, phi):
             f"and {down} wrong that the guide has right; both have {right} right and {wrong} wrong."
         )
         said.append(("Where?", text))
-    if known(*(keys := ("logratio_chosen", "logratio_rejected"))):
-        chosen, rejected = (f"{signed(guide[key])} and {signed(policy[key])}" for key in keys)
+    if known("logratio_chosen", "logratio_rejected"):
+        sides = [f"{s} {signed(guide[f'logratio_{s}'])} and {signed(policy[f'logratio_{s}'])}" for s in SIDES]
         text = (
-            f"Summed log π/π_ref of guide and policy: chosen {chosen}, rejected {rejected}. What the guidance adds "
-            "does not look at the label and tends to lower both responses (derive.md, D17-D19); the margin is the "
-            "distance between the two."
+            f"Summed log π/π_ref of guide and policy: {', '.join(sides)}. What the guidance adds does "
+            "not look at the label and tends to lower both responses (derive.md, D17-D19); the margin is the distance "
+            "between the two."
         )
         lead = "Both responses lose likelihood." if policy["logratio_chosen"] < 0 else "The log-ratios."
         said.append((lead, text))
@@ -77,6 +77,9 @@ def words(figures, count, held_out, cells, phi):
             "by f in it, as in none of the guide's figures: do not set it beside them."
         )
         said.append(("φ, the margin that TGDPO optimises, is another figure:", text))
+    if not said and policy.get("accuracy") is not None:
+        text = f"{policy['accuracy']:.1%} of {pairs} in the labelled order, mean margin {signed(policy.get('margin'))}."
+        said.append(("The policy:", text))
     return said
 
 

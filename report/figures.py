@@ -10,7 +10,7 @@ import unicodedata
 
 import numpy as np
 
-from report.text import percent, signed, visible
+from report.text import signed, visible
 
 MOST_POINTS = 800  # of a curve
 SIDES = ("chosen", "rejected")
@@ -215,13 +215,14 @@ def carriers(pairs, symbol, reward, f):
     end = collections.Counter(tokens[-1] for side in responses for tokens in side).most_common(1)[0][0]
     final = lambda tokens: KINDS[0] if tokens[-1] == end else kind_of(tokens[-1])
     kinds = [np.array([kind for y in side for kind in (*map(kind_of, y[:-1]), final(y))]) for side in responses]
+    share = lambda mine, values: f"{abs(values[mine]).sum() / abs(values).sum():.1%}" if values.any() else "–"
     rows = []
     for kind in KINDS:
         for s, side in enumerate(SIDES):
             mine = kinds[s] == kind
-            shares = [percent(abs(values[s][mine]).sum(), abs(values[s]).sum()) for values in (reward, f) if values]
+            shares = [share(mine, values[s]) for values in (reward, f) if values]
             shares.insert(1, signed(reward[s][mine].mean() if mine.any() else None))
-            rows.append([kind, side, f"{mine.sum():,}", percent(mine.sum(), len(mine)), *shares])
+            rows.append([kind, side, f"{mine.sum():,}", f"{mine.mean():.1%}", *shares])
     columns = ["", "side", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * bool(f)
     return {"columns": columns, "table": rows, "end": visible(end)}
 

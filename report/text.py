@@ -42,11 +42,6 @@ def written(value):
     return clipped(text if isinstance(text, str) else json.dumps(text, default=str, ensure_ascii=False))
 
 
-def percent(part, whole):
-    """ "12.3%", or a dash where there is no whole."""
-    return f"{part / whole:.1%}" if whole else "–"
-
-
 def signed(value):
     """Three significant digits with the sign, or a dash."""
     return "–" if value is None else f"{value:+.3g}".replace("-", "−")
