@@ -7,7 +7,8 @@ from report.text import signed
 def figures_of(run, stages):
     """({model: its final figures}, number of pairs or None): of run.json's table, before it of the last evaluations."""
     table = [row for row in run["table"] if isinstance(row, dict)] if isinstance(run.get("table"), list) else []
-    found = {str(row.get("model")): {key: number_of(value) for key, value in row.items()} for row in table}
+    table = [row for row in table if row.get("model") in ("guide", "policy")]
+    found = {row["model"]: {key: number_of(value) for key, value in row.items()} for row in table}
     for stage in [] if found else stages:
         for row in (row for row in stage["rows"] if row.get("eval")):
             plain = [key for key in row if key.startswith(("dpo_", "logratio_"))]
