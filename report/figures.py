@@ -140,7 +140,7 @@ def stages_of(rows, loss):
             newest.setdefault(stage, {})[bool(row.get("eval")), step] = row
     stages = []
     for stage, part in newest.items():
-        title, role = NAMES.get(stage, visible(stage)), "policy" if stage == loss else "guide"
+        title, role = NAMES.get(stage, visible(stage)), {"dpo": "guide", loss: "policy"}.get(stage, visible(stage))
         if loss == "tgdpo":
             title = f"Stage 2: {title}" if role == "policy" else f"Stage 1: the guide, trained with {title}"
         stages.append({"title": title, "role": role, "rows": sorted(part.values(), key=lambda row: row["step"])})
