@@ -96,10 +96,9 @@ def refusal(bad, total):
     """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW"]; total: rows read."""
     count, lines = sum(map(len, bad.values())), []
     for reason, (first, *others) in list(bad.items())[:10]:
-        more = f" (and {len(others)} more {'row' if len(others) == 1 else 'rows'})" if others else ""
-        lines.append(f"{first}: {reason}{more}")
-    if count == 1:
-        return f"{lines[0]}; mend the row, or drop such rows with --skip-bad-rows"
+        lines.append(f"{first}: {reason}" + (f" (and {len(others)} more of {total} rows)" if others else ""))
+    if len(bad) == 1:
+        return f"{lines[0]}; mend {'the row' if count == 1 else 'them'}, or drop such rows with --skip-bad-rows"
     more = [f"... and {len(bad) - 10} more reasons"] if len(bad) > 10 else []
     what = f"{count} of {total} rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
     return "\n".join([what, *lines, *more])
