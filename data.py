@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from files.errors import BadInput, BadRow, brief
-from files.preferences import fields_read, preference_of, renamed, weight_of
+from files.preferences import fields_read, has, preference_of, renamed, weight_of
 from files.rows import read_rows
 from files.template import ChatTemplate
 
@@ -61,9 +61,8 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
-    total, pairs, dropped, bad, unused = 0, [], [], {}, {}  # bad: reason -> ["FILE:ROW"]; unused: an ordered set
-    columns = columns or {}
-    read = fields_read(columns) | set(columns.values())
+    total, pairs, dropped, columns = 0, [], [], columns or {}
+    bad, found = {}, {}  # reason -> ["FILE:ROW"]; column -> its last value
     with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
         make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length, columns)
         while (not limit or len(pairs) < limit) and (chunk := list(itertools.islice(rows, CHUNK))):
@@ -72,13 +71,17 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
                     break
                 total += 1
                 if isinstance(value, dict):
-                    unused |= dict.fromkeys(field for field in value if field not in read)
+                    found |= value
                 if isinstance(result, Pair):
                     pairs.append(result)
                     continue
                 dropped.append({"file": str(path), "row": row, "reason": str(result)})
                 if isinstance(result, BadRow):
                     bad.setdefault(str(result), []).append(f"{path}:{row}")
+    absent = [f"{name}={column}" for name, column in columns.items() if column not in found]
+    if absent and found:
+        where = ", ".join(map(str, paths))
+        raise BadInput(f"{where}: --columns {' '.join(absent)}: in none of {total} rows; {has(found)}")
     if bad and not skip_bad_rows:
         raise BadInput(refusal(bad, total))
     if not pairs:
@@ -89,7 +92,8 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
             + "; give other data, or longer --max-length and --max-prompt-length"
         )
     cut, apart = sum(pair.cut for pair in pairs), sum(pair.apart for pair in pairs)
-    return pairs, Counts(total, len(pairs), cut, apart, dropped, tuple(unused))
+    unused = found.keys() - fields_read(columns) - set(columns.values())
+    return pairs, Counts(total, len(pairs), cut, apart, dropped, tuple(field for field in found if field in unused))
 
 
 def refusal(bad, total):

@@ -444,9 +444,7 @@ def test_bad_rows_are_listed(world, capfd, tmp_path, out):
     said = f"{many}:1: missing field: `chosen`; the row has: prompt, chosen, rejected (and 12 more of 15 rows); mend"
     refused(capfd, arguments(world, out, "--data", many), said, out=out)
     nope = arguments(world, out, "--columns", "weight=nope")
-    refused(
-        capfd, nope, "jsonl:1: missing field: `nope`, which --columns reads as weight; the row has: prompt,", out=out
-    )
+    refused(capfd, nope, "jsonl: --columns weight=nope: in none of 10 rows; the row has: prompt,", out=out)
     assert train.main(arguments(world, out, "--data", many, "--skip-bad-rows", "--dry-run")) == 0
     assert "  dropped 13: missing field" in capfd.readouterr().out.splitlines()
 

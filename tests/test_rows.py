@@ -322,6 +322,11 @@ def test_columns_rename_and_weigh(tmp_path, tokenizer):
         bad = write_rows(tmp_path / "c.jsonl", json.dumps(given | {"w": weight}).replace("Infinity", "1e999"))
         with pytest.raises(BadInput, match="no weight|missing field: `w`"):
             data.load_pairs([bad], tokenizer, 1000, 900, columns=columns)
+    for name in ("prompt", "system", "history", "weight"):  # a name that no row has is not the row's fault
+        with pytest.raises(
+            BadInput, match=f"a.jsonl: --columns {name}=no: in none of 1 rows; the row has: question, j"
+        ):
+            data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=True, columns=columns | {name: "no"})
     (alone,), counts = load(tokenizer, tmp_path / "d.jsonl", row(weight=7))
     assert alone.weight == 1 and counts.unused == ("weight",)
 
