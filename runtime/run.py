@@ -74,7 +74,7 @@ def begin(options, ranks, out, inputs, read_config, fingerprint, size):
     plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
     contexts = {name: read_config(name).max_position_embeddings for name in (source, guide) if name}
     beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
-    ahead = [] if options.dry_run else preview.stages(options, len(pairs))
+    ahead = [] if options.dry_run or options.resume else preview.stages(options, len(pairs))
     for line in ahead + preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
