@@ -10,6 +10,7 @@ import collections
 import hashlib
 import heapq
 import itertools
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
     total, pairs, dropped, columns = 0, [], [], columns or {}
-    bad, found = {}, {}  # reason -> ["FILE:ROW"]; column -> its last value
+    bad, found = {}, {}  # reason without its values -> ["FILE:ROW: reason"]; column -> its last value
     with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
         make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length, columns)
         while (not limit or len(pairs) < limit) and (chunk := list(itertools.islice(rows, CHUNK))):
@@ -77,7 +78,8 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
                     continue
                 dropped.append({"file": str(path), "row": row, "reason": str(result)})
                 if isinstance(result, BadRow):
-                    bad.setdefault(str(result), []).append(f"{path}:{row}")
+                    alike = re.sub(r"column \d+|and is .*|'.*?'", "", str(result))
+                    bad.setdefault(alike, []).append(f"{path}:{row}: {result}")
     absent = [f"{name}={column}" for name, column in columns.items() if column not in found]
     if absent and found:
         where = ", ".join(map(str, paths))
@@ -97,10 +99,10 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
 
 
 def refusal(bad, total):
-    """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW"]; total: rows read."""
+    """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW: reason"], alike; total: rows read."""
     count, lines = sum(map(len, bad.values())), []
-    for reason, (first, *others) in list(bad.items())[:10]:
-        lines.append(f"{first}: {reason}" + (f" (and {len(others)} more of {total} rows)" if others else ""))
+    for first, *others in list(bad.values())[:10]:
+        lines.append(first + (f" (and {len(others)} more of {total} rows)" if others else ""))
     if len(bad) == 1:
         return f"{lines[0]}; mend {'the row' if count == 1 else 'them'}, or drop such rows with --skip-bad-rows"
     more = [f"... and {len(bad) - 10} more reasons"] if len(bad) > 10 else []

@@ -190,6 +190,9 @@ def test_each_reason_is_listed_once(tmp_path, tokenizer):
     many = write_rows(tmp_path / "c.jsonl", *(row(**{f"x{i}": 1, "chosen": None}) for i in range(13)), row())
     lines = refusal(many, tokenizer).split("\n")
     assert len(lines) == 12 and lines[11] == "... and 3 more reasons"
+    alike = write_rows(tmp_path / "d.jsonl", "{", "{}x", "{} x", row(weight="a"), row(weight=0), row(weight=2))
+    lines = refusal(alike, tokenizer, columns={"weight": "weight"}).split("\n")
+    assert len(lines) == 4 and "column 3 (and 1 more of 6 rows)" in lines[2] and "is 'a' (and 1 more" in lines[3]
     two = write_rows(tmp_path / "b.jsonl", "{", row(), "}")
     lines = refusal(two, tokenizer).split("\n")
     assert lines[0] == "2 of 3 rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
