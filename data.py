@@ -11,19 +11,24 @@ import hashlib
 import heapq
 import itertools
 import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from files.errors import BadInput, BadRow, brief
 from files.preferences import fields_read, has, preference_of, renamed, weight_of
 from files.rows import read_rows
 from files.template import ChatTemplate
+from files.tokenizer import ChatTokenizer
 
 CHUNK = 512  # rows in memory at a time
+DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
 HUGE = 2 * 10**7  # characters that a template is never given: they are too long a prompt, or are cut from a response
 
 
@@ -37,6 +42,19 @@ class Pair(NamedTuple):
     cut: int = 0  # how many of the responses were cut
     apart: int = 0  # how many were tokenised apart from the prompt
     weight: float = 1.0  # multiplies its loss in training
+
+    @property
+    def scored(self) -> int:
+        """How many response tokens there are."""
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def packed(self) -> int:
+        """How many tokens a pack takes for it: the prompt once, no response's last token."""
+        return len(self.prompt) + self.scored - 2
+
+
+FILLER = Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")
 
 
 class Counts(NamedTuple):
@@ -53,8 +71,16 @@ class Counts(NamedTuple):
 # Rows to pairs
 
 
-def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=False, columns=None, limit=0):
-    """Reads files of preference rows into ([Pair], Counts).
+def load_pairs(
+    paths: Sequence[str],
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    skip_bad_rows: bool = False,
+    columns: dict[str, str] | None = None,
+    limit: int = 0,
+) -> tuple[list[Pair], Counts]:
+    """Reads files of preference rows.
 
     paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
     of the prompt alone. columns: {name: column} of --columns; limit: read on only until so many pairs are kept
@@ -98,7 +124,7 @@ def load_pairs(paths, tokenizer, max_length, max_prompt_length, skip_bad_rows=Fa
     return pairs, Counts(total, len(pairs), cut, apart, dropped, tuple(field for field in found if field in unused))
 
 
-def refusal(bad, total):
+def refusal(bad: dict[str, list[str]], total: int) -> str:
     """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW: reason"], alike; total: rows read."""
     count, lines = sum(map(len, bad.values())), []
     for first, *others in list(bad.values())[:10]:
@@ -110,7 +136,16 @@ def refusal(bad, total):
     return "\n".join([what, *lines, *more])
 
 
-def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length, columns=None):
+def pair_of(
+    path: Path,
+    row: int,
+    value: Any,
+    tokenizer: ChatTokenizer,
+    template: ChatTemplate,
+    max_length: int,
+    max_prompt_length: int,
+    columns: dict[str, str] | None = None,
+) -> Pair | BadRow | str:
     """The Pair of a row; or why there is none: BadRow where it cannot be read, a string where it is dropped."""
     most = (max_length + 1) * tokenizer.longest  # more characters are more than max_length tokens
     try:
@@ -159,23 +194,37 @@ def pair_of(path, row, value, tokenizer, template, max_length, max_prompt_length
 class Pack(NamedTuple):
     """Pairs side by side, all tokens in one line; see `collate`."""
 
-    tokens: torch.Tensor  # [N] int64
-    positions: torch.Tensor  # [N] int64, each branch counted from the prompt's first token
-    keys: torch.Tensor  # [M] int64, the place of the token that serves as each key
-    first: torch.Tensor  # [N] int64, where in keys each token stands first
-    shared: torch.Tensor  # [U] int64, the places of the tokens that stand there twice (the prompts')
-    second: torch.Tensor  # [U] int64, and where they stand again
-    predictors: torch.Tensor  # [R] int64, the place of the token that predicts each response token
-    targets: torch.Tensor  # [R] int64, the response tokens: pair by pair, chosen then rejected
-    cu_q: torch.Tensor  # [S + 1] int32, where the queries of each segment begin
-    cu_k: torch.Tensor  # [S + 1] int32, where its keys begin; causal, aligned at the bottom right
+    tokens: Tensor  # [N] int64
+    positions: Tensor  # [N] int64, each branch counted from the prompt's first token
+    keys: Tensor  # [M] int64, the place of the token that serves as each key
+    first: Tensor  # [N] int64, where in keys each token stands first
+    shared: Tensor  # [U] int64, the places of the tokens that stand there twice (the prompts')
+    second: Tensor  # [U] int64, and where they stand again
+    predictors: Tensor  # [R] int64, the place of the token that predicts each response token
+    targets: Tensor  # [R] int64, the response tokens: pair by pair, chosen then rejected
+    cu_q: Tensor  # [S + 1] int32, where the queries of each segment begin
+    cu_k: Tensor  # [S + 1] int32, where its keys begin; causal, aligned at the bottom right
     max_q: int  # most queries in a segment
     max_k: int  # most keys in a segment
     chosen_lengths: tuple  # B ints
     rejected_lengths: tuple  # B ints
 
+    def to(self, device: torch.device) -> "Pack":
+        """The pack with its tensors on the device."""
+        return self._make(moved(x, device) if torch.is_tensor(x) else x for x in self)
 
-def collate(pairs, share_prompt=True):
+    def sides(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """A number a response token, [R] -> (chosen, rejected), each [B, T], 0 where there is no token."""
+        parts = flat.split([n for both in zip(self.chosen_lengths, self.rejected_lengths) for n in both])
+        return pad_sequence(parts[0::2], batch_first=True), pad_sequence(parts[1::2], batch_first=True)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; nobody waits for the copy."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def collate(pairs: Sequence[Pair], share_prompt: bool = True) -> Pack:
     """Lays pairs out as one Pack, without each response's last token: it predicts nothing, and no token sees it. Two
     pairs, the first with prompt 1 2, chosen 3 4 0 and rejected 5 0:
 
@@ -203,8 +252,10 @@ def collate(pairs, share_prompt=True):
     >>> pack.predictors.tolist(), pack.targets.tolist()
     ([1, 2, 3, 1, 4, 5, 6, 5, 7, 8], [3, 4, 0, 5, 0, 7, 0, 8, 9, 0])
 
-    With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty.
+    With share_prompt=False the prompt is stored for each response, `keys` is every place, `shared` is empty. Without
+    pairs, for a rank that must run along, FILLER is laid out.
     """
+    pairs = pairs or [FILLER]
     tokens, positions, keys, first, shared, second, predictors, targets = ([] for _ in range(8))
     cu_q, cu_k = [0], [0]
     for prompt, chosen, rejected in (pair[:3] for pair in pairs):
@@ -233,7 +284,7 @@ def collate(pairs, share_prompt=True):
     return Pack(*int64, cu_q, cu_k, cu_q.diff().max().item(), cu_k.diff().max().item(), *lengths)
 
 
-def deal(lengths, world_size, micro_tokens):
+def deal(lengths: Sequence[int], world_size: int, micro_tokens: int) -> list[list[list[int]]]:
     """Deals a step's pairs to ranks and micro-batches: [rank][micro-batch] -> indices of `lengths`.
 
     lengths: tokens of each pair. Longest first, each to the least loaded of world_size * m micro-batches
@@ -264,13 +315,21 @@ def deal(lengths, world_size, micro_tokens):
     return ranks
 
 
-def epoch_order(count, seed, epoch):
+def shares(lengths: Sequence[int], rank: int, world_size: int, micro_tokens: int) -> Iterator[list[int]]:
+    """A rank's packs for a pass over all pairs: yields lists of indices, as many on every rank. Dealt some thousands at
+    a time, as the deal of n pairs to n packs takes n² log n."""
+    for start in range(0, len(lengths), DEALT):
+        for pack in deal(lengths[start : start + DEALT], world_size, micro_tokens)[rank]:
+            yield [start + i for i in pack]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch reads `count` pairs: [count] int64."""
     stream = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
     return np.random.RandomState(stream).permutation(count)  # numpy never changes RandomState's draws
 
 
-def held_back(pairs, share, seed):
+def held_back(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """-> the pairs to train on, and this share of them to evaluate on: at least one of each, drawn by the seed."""
     if not share:
         return pairs, []
@@ -284,7 +343,7 @@ def held_back(pairs, share, seed):
     return mixed[:kept], mixed[kept:]
 
 
-def fingerprint(pairs):
+def fingerprint(pairs: Sequence[Pair]) -> str:
     """SHA-256 over token ids, lengths and weights other than 1, in hexadecimal: equal for equal pairs in order."""
     digest = hashlib.sha256()
     for pair in pairs:

@@ -305,6 +305,6 @@ def check(directory: str | os.PathLike) -> str | os.PathLike:
     return directory
 
 
-def _checked_files(model, directory):
+def _checked_files(model: nn.Module, directory: str | os.PathLike) -> dict:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return weights.checked_files(directory, shapes, tied=model.lm_head is None)

@@ -32,14 +32,15 @@ if __name__ == "__main__":
 
 import gc
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 
 import data
 import model
@@ -49,15 +50,16 @@ from kernels.log_probs import token_divergences
 from runtime import cache, checkpoint, flops, lora, outdir, preview, process_group, results, sinks
 from runtime.answers import answer, write_samples
 from runtime.failures import RunFailed, Stopped, complain
-from runtime.inputs import read_inputs
+from runtime.inputs import Inputs, read_inputs
 from runtime.losses import LOSSES
+from runtime.options import Options
 from runtime.parts import PARTS, read
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import Progress, say, shown, words
-from runtime.run import begin, export
-from runtime.shards import local_rows
-from runtime.tally import Tally
-from runtime.training import Training, checkpoints_of, due, heed, last_checkpoint, resume, save, stop_if_told
+from runtime.run import Run, begin, export
+from runtime.shards import let_go, local_rows
+from runtime.tally import Tally, refuse_not_finite
+from runtime.training import Training, checkpoints_of, due, heed, not_taken, resume, save, stop_if_told
 
 try:
     from neighbours import parts as neighbours
@@ -68,24 +70,21 @@ try:
 except ImportError:
     report = None  # the page is not needed to train
 
-FILLER = data.Pair(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), "")  # for a rank without pairs
-DEALT = 4096  # pairs of a pass without gradients that are dealt to ranks and packs together
-
 
 class Stage(NamedTuple):
     """One training: the policy starts from the reference and learns from `pairs` by one loss."""
 
     loss: str  # its name in runtime/losses.py
-    pairs: list  # of data.Pair
-    eval_pairs: list
-    ref: list | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
-    guide: list | None
+    pairs: list[data.Pair]
+    eval_pairs: list[data.Pair]
+    ref: list[Tensor] | None  # per pair of pairs + eval_pairs: log-probs [C + R], chosen then rejected
+    guide: list[Tensor] | None
 
 
 # ------------------------------------------------------------------------------------------------- the models
 
 
-def sharded(directory, run, frozen=False):
+def sharded(directory: str, run: Run, frozen: bool = False) -> model.CausalLM:
     """The model of `directory`, sharded over the ranks: meta device, fully_shard of each block and of the root, then
     each rank reads its own rows. Float32 master shards where it trains, the compute type where it is frozen; with
     --lora-rank only adapters train."""
@@ -96,20 +95,17 @@ def sharded(directory, run, frozen=False):
         net.to(run.dtype).requires_grad_(False)
     if rank:
         lora.add(net, rank, alpha)
-    offload = CPUOffloadPolicy() if run.options.cpu_offload and run.device.type == "cuda" else OffloadPolicy()
-    settings = {
-        "mesh": run.mesh,
-        "offload_policy": offload,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-    }
     for number, layer in enumerate(net.model.layers):
         layer.recompute = not frozen and run.plan.recomputes(number)
         if run.plan.compile:
             torch._dynamo.config.recompile_limit = 64  # where sizes are not told apart at once
             layer.compile()
-        fully_shard(layer, **settings)
-    fully_shard(net, **settings)
     net.compiled = run.plan.compile
+    offload = CPUOffloadPolicy() if run.options.cpu_offload and run.device.type == "cuda" else OffloadPolicy()
+    types = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = False if run.plan.cast_once and not frozen else None  # None: of each block, not of the root
+    for module in (*net.model.layers, net) if not run.plan.alone else ():
+        fully_shard(module, mesh=run.mesh, offload_policy=offload, mp_policy=types, reshard_after_forward=reshard)
     net.to_empty(device="cpu" if isinstance(offload, CPUOffloadPolicy) else run.device)
     with lora.aside(net):
         on_all_ranks(lambda: model.load_weights(net, directory, local_rows))
@@ -117,7 +113,7 @@ def sharded(directory, run, frozen=False):
     return net
 
 
-def release(run):
+def release(run: Run) -> None:
     """Give the memory of dropped models back. The caller lets go of its last reference first."""
     gc.collect()
     if run.device.type == "cuda":
@@ -127,52 +123,23 @@ def release(run):
 # ----------------------------------------------------------------------------------- log-probs and the guidance
 
 
-def rows(flat, pack):
-    """log p [R] of a pack's response tokens -> (chosen, rejected), each [B, T], 0 where there is no token."""
-    parts = flat.split([n for lengths in zip(pack.chosen_lengths, pack.rejected_lengths) for n in lengths])
-    return pad_sequence(parts[0::2], batch_first=True), pad_sequence(parts[1::2], batch_first=True)
-
-
-def to_device(pack, device):
-    """The pack with its tensors on the device; nobody waits for the copies."""
-    if device.type == "cpu":
-        return pack
-    return pack._make(moved(x, device) if torch.is_tensor(x) else x for x in pack)
-
-
-def moved(x, device):
-    """A tensor of the CPU on the device; nobody waits for the copy."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
-
-
-def size(pair):
-    """A pair's tokens in a pack: its prompt once, no response's last token."""
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - 2
-
-
-def scored(pair):
-    """A pair's response tokens."""
-    return len(pair.chosen) + len(pair.rejected)
-
-
-def packs_of(run, pairs):
-    """This rank's packs for a pass over the pairs: lists of indices, as many on every rank. Dealt some thousands at a
-    time, as the deal of n pairs to n packs takes n² log n."""
-    for start in range(0, len(pairs), DEALT):
-        lengths = [size(pair) for pair in pairs[start : start + DEALT]]
-        for pack in data.deal(lengths, run.world, run.plan.micro_tokens_forward)[run.rank]:
-            yield [start + i for i in pack]
-
-
 @torch.no_grad()
-def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=None):
+def log_probs(
+    run: Run,
+    net: model.CausalLM,
+    pairs: list[data.Pair],
+    title: str,
+    heed: Callable[[Run], None] = stop_if_told,
+    side_job: bool = False,
+    guide: model.CausalLM | None = None,
+) -> list[Tensor]:
     """Per-token log-probs of every pair's responses, [C + R] each, on the CPU; with a guide, KL(net || guide) at each
     token's state instead. The pairs are shared out among the ranks in large packs. No random number is drawn.
     heed: called with the run after each pack, to follow signals."""
     mine = {}
     bar = Progress(len(pairs), title, run.rank, side_job=side_job)
-    for indices in packs_of(run, pairs):
-        pack = to_device(data.collate([pairs[i] for i in indices] or [FILLER]), run.device)
+    for indices in data.shares([pair.packed for pair in pairs], run.rank, run.world, run.plan.micro_tokens_forward):
+        pack = data.collate([pairs[i] for i in indices]).to(run.device)
         if guide is None:
             logp = net(pack.tokens, pack).cpu()  # [R]
         else:
@@ -180,57 +147,48 @@ def log_probs(run, net, pairs, title, heed=stop_if_told, side_job=False, guide=N
             logp = token_divergences(*both).cpu()  # [R]
             del both
         if indices:
-            mine |= zip(indices, (part.clone() for part in logp.split([scored(pairs[i]) for i in indices])))
+            mine |= zip(indices, (part.clone() for part in logp.split([pairs[i].scored for i in indices])))
         bar.advance(len(indices) * run.world)
         heed(run)
     bar.close()
     for model_read in filter(None, (net, guide)):
-        model_read.reshard()  # without a backward pass the root would stay gathered
+        let_go(model_read)  # without a backward pass the root would stay gathered
     found = {index: logp for share in on_all_ranks(lambda: mine) for index, logp in share.items()}
     return [found[index] for index in range(len(pairs))]
 
 
-def cached_log_probs(run, kind, directory, pairs, digest=None, guide=None):
+def cached_log_probs(
+    run: Run, kind: str, directory: str, pairs: list[data.Pair], digest: str | None = None, guide: str | None = None
+) -> list[Tensor]:
     """log_probs of a frozen model, from OUT/cache where its key matches: weights, data, tokenisation, dtype. digest: of
     its weights, where it is known. guide: the directory of the model against which KL is asked for, `kind` "centre";
     both models are in memory then, in the compute type: less than one model in training, more than one with adapters.
     """
-    key = on_rank_0(
-        lambda: cache.key(
-            {
-                "weights": digest or cache.weights_digest(directory),
-                "pairs": data.fingerprint(pairs),
-                "dtype": str(run.dtype),
-            }
-            | ({"guide": run.identity["guide"]} if guide else {})
-        )
-    )
-    title = f"log-probs of the {kind}" if guide is None else "divergences of the reference from the guide"
-    where, lengths = os.path.join(run.out, "cache"), list(map(scored, pairs))
-    found = on_rank_0(lambda: cache.read(where, kind, key, sum(lengths), say))
-    if found is not None:
-        say(f"{title} are in the cache: {kind}-{key}", run.rank)
-        return list(found.split(lengths))
-    net, second = sharded(directory, run, frozen=True), guide and sharded(guide, run, frozen=True)
-    found = log_probs(run, net, pairs, title, guide=second)
-    del net, second
-    release(run)
-    wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
-    if wrong:
-        raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
+    title = "divergences of the reference from the guide" if guide else f"log-probs of the {kind}"
 
-    def keep():
-        outdir.check(run.out)
-        cache.write(where, kind, key, torch.cat(found))
+    def find():
+        net, second = sharded(directory, run, frozen=True), guide and sharded(guide, run, frozen=True)
+        found = log_probs(run, net, pairs, title, guide=second)
+        del net, second
+        release(run)
+        wrong = [pair.source for pair, logp in zip(pairs, found) if not logp.isfinite().all()]
+        if wrong:
+            raise RunFailed(f"the {kind}'s log-probs are not finite on {some(wrong)}; try --dtype float32")
+        return torch.cat(found)
 
-    on_rank_0(keep)
-    return found
+    def parts():
+        weights = digest or cache.weights_digest(directory)
+        known = {"weights": weights, "pairs": data.fingerprint(pairs), "dtype": str(run.dtype)}
+        return known | ({"guide": run.identity["guide"]} if guide else {})
+
+    lengths = [pair.scored for pair in pairs]
+    return list(cache.kept(run, kind, parts, sum(lengths), find, title).split(lengths))
 
 
 # -------------------------------------------------------------------------------------------------- the losses
 
 
-def loss_of(name, options, tensors):
+def loss_of(name: str, options: Options, tensors: dict[str, tuple]) -> tgdpo.Loss:
     """The tgdpo.Loss of a loss of the table. tensors: {policy, ref, guide, lengths}, (chosen, rejected) each. Parts of
     --with belong to the last stage: a guide is trained without."""
     entry = LOSSES[name]
@@ -245,22 +203,24 @@ def loss_of(name, options, tensors):
     return getattr(tgdpo, entry.function)(*(tensors[tensor] for tensor in entry.tensors), **settings)
 
 
-def pack_loss(stage, options, logp, pack, indices, tally):
+def pack_loss(
+    stage: Stage, options: Options, logp: Tensor, pack: data.Pack, indices: list[int], tally: Tally
+) -> tgdpo.Loss:
     """The loss of each pair of a pack, in training times its weight: logp [R], indices of its pairs -> tgdpo.Loss of
     [B]; figures go to the tally."""
-    tensors = {"policy": rows(logp, pack), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
+    tensors = {"policy": pack.sides(logp), "lengths": (pack.chosen_lengths, pack.rejected_lengths)}
     for name, frozen in (("ref", stage.ref), ("guide", stage.guide)):
         if frozen is not None:
-            tensors[name] = rows(moved(torch.cat([frozen[i] for i in indices]), logp.device), pack)  # [B, T] each
+            tensors[name] = pack.sides(data.moved(torch.cat([frozen[i] for i in indices]), logp.device))  # [B, T] each
     result = loss_of(stage.loss, options, tensors)
     weights = [stage.pairs[i].weight if i < len(stage.pairs) else 1.0 for i in indices]  # evaluation knows none
-    result = result._replace(losses=moved(torch.tensor(weights), logp.device) * result.losses)
+    result = result._replace(losses=data.moved(torch.tensor(weights), logp.device) * result.losses)
     tally.add(result, tensors["lengths"])
     return result
 
 
 @torch.no_grad()
-def figures(run, stage, logps):
+def figures(run: Run, stage: Stage, logps: list[Tensor]) -> dict[str, float]:
     """The row of metrics of the evaluation pairs' log-probs `logps` under the stage's loss. Collective."""
     tally, mine = Tally(run.device, stage.ref is not None), range(run.rank, len(logps), run.world)
     for indices in (mine[k : k + 64] for k in range(0, len(mine), 64)):
@@ -269,7 +229,7 @@ def figures(run, stage, logps):
     return tally.row()
 
 
-def judged(options, pairs, models):
+def judged(options: Options, pairs: list[data.Pair], models: dict[str, list | None]) -> Iterator[tuple[dict, dict]]:
     """tgdpo's numbers of each pair, in float64, for the final table and tokens.jsonl. models: {ref, guide, policy ->
     log-probs [C + R] of each pair, or None; centre -> KL(ref || guide) alike}. Yields, pair by pair, {model: the Loss
     with that model as the policy} and {ref, guide, policy, moved, reward, f, where there are such: (chosen [1, C],
@@ -297,7 +257,7 @@ def judged(options, pairs, models):
 # ------------------------------------------------------------------------------------------------- one training
 
 
-def learning_rate(options, step, total):
+def learning_rate(options: Options, step: int, total: int) -> float:
     """The rate of step `step` (from 0) of `total`: W warm-up steps rise linearly, step k of the N after them falls."""
     warmup = int(np.ceil(options.warmup_ratio * total))
     if step < warmup:
@@ -307,15 +267,19 @@ def learning_rate(options, step, total):
     return options.lr * float(shape)
 
 
-def optimiser_step(run, net, optimiser, stage, batch):
+def optimiser_step(
+    run: Run, net: model.CausalLM, optimiser: torch.optim.Optimizer, stage: Stage, batch: Sequence[int]
+) -> dict[str, float]:
     """One step on the pairs `batch` (indices): every pair weighs 1/len(batch) (times its own weight), whatever
     rank or micro-batch it is in. Returns the row of metrics. Raises RunFailed before the optimiser takes a loss or a
     gradient that is not finite."""
     tally, losses = Tally(run.device, stage.ref is not None), []
-    dealt = data.deal([size(stage.pairs[i]) for i in batch], run.world, run.plan.micro_tokens)[run.rank]
-    for part in dealt:
+    dealt = data.deal([stage.pairs[i].packed for i in batch], run.world, run.plan.micro_tokens)[run.rank]
+    for number, part in enumerate(dealt, 1):
+        if run.plan.cast_once:
+            net.set_reshard_after_backward(number == len(dealt))
         indices = [int(batch[k]) for k in part]
-        pack = to_device(data.collate([stage.pairs[i] for i in indices] or [FILLER]), run.device)
+        pack = data.collate([stage.pairs[i] for i in indices]).to(run.device)
         logp = net(pack.tokens, pack)  # [R]
         if indices:
             result = pack_loss(stage, run.options, logp, pack, indices, tally)
@@ -327,29 +291,13 @@ def optimiser_step(run, net, optimiser, stage, batch):
     row = tally.row()
     grad_norm = clip_grad_norm_(net.parameters(), run.options.max_grad_norm)
     row["grad_norm"] = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-    refuse_not_finite(run, row, stage, batch, losses)
+    refuse_not_finite(row, losses, [pair.source for pair in stage.pairs], batch)
     optimiser.step()
     optimiser.zero_grad()
     return row
 
 
-def refuse_not_finite(run, row, stage, batch, losses):
-    """All ranks raise alike, since the row's figures are everyone's."""
-    if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
-        return
-    wrong = [
-        stage.pairs[i].source
-        for indices, values in losses
-        for i, value in zip(indices, values.tolist())
-        if not np.isfinite(value)
-    ]
-    wrong = [source for share in on_all_ranks(lambda: wrong) for source in share]
-    if wrong:
-        raise RunFailed(f"the loss is not finite on {some(wrong)}")
-    raise RunFailed(f"the gradient is not finite; the step's pairs are {some([stage.pairs[i].source for i in batch])}")
-
-
-def train(run, stage, directory):
+def train(run: Run, stage: Stage, directory: str) -> tuple[model.CausalLM, list[Tensor] | None]:
     """Train the model of `directory` by the stage's loss, from the newest checkpoint where one stands. Returns the
     model and the evaluation pairs' log-probs at the end (None without evaluation pairs)."""
     options, net = run.options, sharded(directory, run)
@@ -379,7 +327,7 @@ def train(run, stage, directory):
     return net, final
 
 
-def next_step(run, stage, training):
+def next_step(run: Run, stage: Stage, training: Training) -> dict[str, float]:
     """The next optimiser step, with its pairs and its learning rate. Returns the row of metrics, written down."""
     options, began = run.options, time.perf_counter()
     epoch, position = divmod(training.step, training.per_epoch)
@@ -391,12 +339,7 @@ def next_step(run, stage, training):
     try:
         row = optimiser_step(run, training.net, training.optimiser, stage, batch)
     except RunFailed as failure:
-        mend = "a lower --lr, --beta or --alpha" if LOSSES[stage.loss].reads("alpha") else "a lower --lr or --beta"
-        mend += "" if run.dtype == torch.float32 else ", or --dtype float32"
-        raise RunFailed(
-            f"{stage.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "
-            f"the last checkpoint is {last_checkpoint(run)}; try {mend}"
-        ) from None
+        raise not_taken(run, training, failure) from None
     training.step += 1
     taken = [stage.pairs[i] for i in batch]
     config = training.net.config
@@ -405,13 +348,13 @@ def next_step(run, stage, training):
     return row
 
 
-def sample(run, stage, training):
+def sample(run: Run, stage: Stage, training: Training) -> None:
     """Write down what the model on its way answers."""
     answers = answer(run, training.net, stage, lambda run: heed(run, training))
     write_samples(run, stage.loss, training.step, answers)
 
 
-def evaluate(run, stage, training):
+def evaluate(run: Run, stage: Stage, training: Training) -> list[Tensor]:
     """Write the figures of the stage's evaluation pairs down. Returns their log-probs, as log_probs gives them."""
     began = time.perf_counter()
     found = log_probs(run, training.net, stage.eval_pairs, "evaluation", lambda run: heed(run, training), side_job=True)
@@ -424,13 +367,13 @@ def evaluate(run, stage, training):
 # ----------------------------------------------------------------------------------------------------- the run
 
 
-def whole_run(options, ranks, out):
+def whole_run(options: Options, ranks: process_group.Ranks, out: str) -> None:
     """Guide, guidance, policy: from the options to exported models and the page, all in the directory `out`."""
     if options.with_ and not neighbours:
         raise BadInput("--with: the folder neighbours/ is not here; copy it from the repository, or leave --with out")
     on_rank_0(lambda: sinks.check(options.log_to))
     inputs = read_inputs(options, model.check, data.load_pairs, data.held_back)
-    run = begin(options, ranks, out, inputs, model.read_config, data.fingerprint, size)
+    run = begin(options, ranks, out, inputs, model.read_config, data.fingerprint)
     if run is None:  # it was shown, or it is over
         return
     pairs, eval_pairs, needs = inputs.pairs, inputs.eval_pairs, LOSSES[options.loss].tensors
@@ -452,7 +395,7 @@ def whole_run(options, ranks, out):
     tell_results(run, inputs, {"ref": ref, "guide": guide, "centre": centre, "policy": policy}, answers, guide_source)
 
 
-def train_guide(run, inputs, ref):
+def train_guide(run: Run, inputs: Inputs, ref: list[Tensor]) -> str:
     """Stage 1: a guide trained from the reference with DPO, kept as OUT/guide. Returns its directory."""
     directory = os.path.join(run.out, "guide")
     if new := not on_rank_0(lambda: results.has_guide(run.out, model.check)):
@@ -465,40 +408,26 @@ def train_guide(run, inputs, ref):
     return directory
 
 
-def say_guide(run, pairs, ref, guide):
+def say_guide(run: Run, pairs: list[data.Pair], ref: list[Tensor], guide: list[Tensor]) -> None:
     """Warn where the guide ranks the training pairs worse than chance. Collective."""
     right = figures(run, Stage("dpo", [], pairs, ref, None), guide[: len(pairs)])["dpo_accuracy"]
-    if right < 0.5:
-        say(
-            f"warning: the guide prefers the chosen response on {right:.1%} of the training pairs, worse than chance: "
-            "it pulls against their labels; look whether chosen and rejected are the right way round, at --guide, or "
-            "at stage 1's --lr and --epochs",
-            run.rank,
-        )
+    for line in preview.guide_warning(right):
+        say(line, run.rank)
 
 
-def say_alpha(run, pairs, ref, guide):
-    """Print the largest alpha that keeps f positive (derive.md), and warn where the chosen one exceeds it."""
-    lengths = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))]
+def say_alpha(run: Run, pairs: list[data.Pair], ref: list[Tensor], guide: list[Tensor]) -> None:
+    """Print the largest alpha that keeps f positive (derive.md, D13), and warn where the chosen one exceeds it."""
+    lengths, alpha = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))], run.options.alpha
     guide, ref = (torch.cat(logps[: len(pairs)]) for logps in (guide, ref))  # [R]
     parts = tgdpo.token_reward(guide, ref, run.options.guide_beta).split(lengths)
     r_hat_w, r_hat_l = torch.cat(parts[0::2]), torch.cat(parts[1::2])
     bounds = [tgdpo.largest_alpha(r_hat_w, r_hat_l, share) for share in (1.0, 0.99, 0.95)]
-    say(
-        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(*bounds),
-        run.rank,
-    )
-    alpha = run.options.alpha
-    if alpha >= bounds[0]:
-        f = torch.cat([tgdpo.chosen_weight(r_hat_w, alpha), tgdpo.rejected_weight(r_hat_l, alpha)])
-        say(
-            f"warning: with alpha {alpha} f is not positive on {(f <= 0).double().mean():.2%} of the tokens, whose "
-            "gradient turns its sign (derive.md, D13)",
-            run.rank,
-        )
+    f = torch.cat([tgdpo.chosen_weight(r_hat_w, alpha), tgdpo.rejected_weight(r_hat_l, alpha)])
+    for line in preview.alpha_advice(alpha, bounds, float((f <= 0).double().mean())):
+        say(line, run.rank)
 
 
-def train_policy(run, inputs, stage):
+def train_policy(run: Run, inputs: Inputs, stage: Stage) -> tuple[list[Tensor], list]:
     """The last stage: the policy, kept as OUT/policy. Returns its log-probs of the pairs shown, and its answers."""
     policy, logps = train(run, stage, inputs.source)
     export(run, policy, os.path.join(run.out, "policy"), inputs.source, stage.loss)
@@ -511,7 +440,7 @@ def train_policy(run, inputs, stage):
     return logps, answers
 
 
-def tell_results(run, inputs, logps, answers, guide_source):
+def tell_results(run: Run, inputs: Inputs, logps: dict, answers: list, guide_source: str | None) -> None:
     """The end of a run: the other models' answers, the table, tokens.jsonl and the page.
 
     logps: log-probs by model: the policy's of the pairs shown, the frozen ones' of all pairs (None: there is none)."""
@@ -536,7 +465,7 @@ def tell_results(run, inputs, logps, answers, guide_source):
     on_rank_0(lambda: results.end(run.out, run.options))
 
 
-def true_rewards(run, inputs, guide_source):
+def true_rewards(run: Run, inputs: Inputs, guide_source: str | None) -> dict[str, dict]:
     """What the bundled example knows of its models' replies, for the table; {} without the folder examples/."""
     try:
         from examples.tiny.gold import gold_figures
@@ -546,7 +475,7 @@ def true_rewards(run, inputs, guide_source):
     return gold_figures(inputs, models, run.options.sample_tokens)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns its exit status: 0, 2 for bad input, 1 for a failure, 128 + N after signal N."""
     try:
         options = option_table.resolve(sys.argv[1:] if argv is None else argv)

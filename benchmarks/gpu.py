@@ -123,7 +123,7 @@ def check_attention(device):
         pairs = [data.Pair(*(torch.ones(n, dtype=torch.int32).numpy() for n in shape), "") for shape in shapes]
         for share, window in ((True, None), (True, 17), (False, None)):
             pack = data.collate(pairs, share_prompt=share)
-            pack = trainer.to_device(pack, torch.device(device))
+            pack = pack.to(torch.device(device))
             inputs = [
                 torch.randn(len(pack.tokens), heads, 64, generator=generator).to(device, dtype).requires_grad_()
                 for heads in (8, 2, 2)
@@ -188,7 +188,7 @@ def check_model(device, directory):
     dtype, limit = compute_type(device)
     pairs = workload.make_pairs(6, TWO_LAYERS["vocab_size"], 8)
     plain = transformer.load_model(str(directory), device=device)
-    pack = trainer.to_device(data.collate(pairs), torch.device(device))
+    pack = data.collate(pairs).to(torch.device(device))
     expected = []
     for pair in pairs:
         for response in (pair.chosen, pair.rejected):

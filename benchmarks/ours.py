@@ -56,7 +56,7 @@ def a_run(directory, pairs, device="cpu", **options):
     ranks = process_group.start(options.timeout_minutes, device)
     try:
         dtype = torch.bfloat16 if device == "cuda" and options.dtype != "float32" else torch.float32
-        longest = max(trainer.size(pair) for pair in pairs)
+        longest = max(pair.packed for pair in pairs)
         plan, mesh = lay_out(options, ranks, model.read_config(directory), dtype, longest)
         with tempfile.TemporaryDirectory() as out:
             yield Run(

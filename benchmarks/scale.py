@@ -26,6 +26,7 @@ import ours
 import results
 import workload
 
+import data
 import model as transformer
 import train as trainer
 from runtime import flops
@@ -131,37 +132,42 @@ def vocabulary(options, directory):
 
 
 def ranks(options, directory):
-    """One step shared by one and by two processes over gloo."""
+    """One step of one process and shared by two over gloo, and what makes the difference: the step of a process alone
+    that shards all the same, and one on half of the pairs, which has all that is done once a step whatever the pairs.
+    """
     policy = workload.write_model(directory / "ranks", options.config, 0)
     pairs = workload.make_pairs(
         8 if options.small else 16, options.config["vocab_size"], 16 if options.small else 3, longest=2048 // 3
     )
-    found = {world: together(world, str(policy), pairs, options) for world in (1, 2)}
+    half = [pairs[i] for part in data.deal([pair.packed for pair in pairs], 2, 2 * options.tokens)[0] for i in part]
+    cases = {
+        "1": (1, pairs, True),
+        "1, sharded all the same": (1, pairs, False),
+        "1, on rank 0's half of the pairs": (1, half, True),
+        "1, on that half, sharded": (1, half, False),
+        "2": (2, pairs, False),
+    }
+    found = [together(world, str(policy), some, alone, options) for world, some, alone in cases.values()]
     rows = []
-    for world, (cpu, wall) in found.items():
-        rows.append(
-            [
-                str(world),
-                f"{cpu:.2f}",
-                f"{found[1][0] / (world * cpu):.2f}",
-                f"{wall:.2f}",
-                f"{found[1][1] / (world * wall):.2f}",
-            ]
-        )
+    for (name, (world, some, _)), (cpu, wall) in zip(cases.items(), found):
+        work = len(some) / len(pairs) / world  # of the first row's, a rank
+        efficiency = [f"{work * one / taken:.2f}" for one, taken in zip(found[0], (cpu, wall))]
+        rows.append([name, f"{cpu:.2f}", efficiency[0], f"{wall:.2f}", efficiency[1]])
     head = ["ranks", "CPU s of the busiest rank", "efficiency", "wall s", "efficiency by wall"]
     note = f"{len(pairs)} pairs a step, of different lengths. Wall time tells of the machine's other work too."
     return f"### Ranks\n\n{results.table(head, rows)}\n\n{note}"
 
 
-def together(world, policy, pairs, options):
-    """A step on `world` ranks -> (CPU seconds of the busiest rank, wall seconds), the least of the repeats."""
+def together(world, policy, pairs, alone, options):
+    """A step on `world` ranks -> (CPU seconds of the busiest rank, wall seconds), the least of the repeats. alone:
+    without fully_shard."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context(contest.START)
     answers = context.SimpleQueue()
     processes = [
-        context.Process(target=one_rank, args=(rank, world, port, policy, pairs, options, answers))
+        context.Process(target=one_rank, args=(rank, world, port, policy, pairs, alone, options, answers))
         for rank in range(world)
     ]
     for process in processes:
@@ -174,7 +180,7 @@ def together(world, policy, pairs, options):
     return tuple(taken.max(0).min(0))
 
 
-def one_rank(rank, world, port, policy, pairs, options, answers):
+def one_rank(rank, world, port, policy, pairs, alone, options, answers):
     """The child: its times, [repeats] of (CPU, wall), go into `answers`."""
     torch.set_num_threads(1)
     os.environ |= {
@@ -185,6 +191,7 @@ def one_rank(rank, world, port, policy, pairs, options, answers):
         "MASTER_PORT": str(port),
     }
     with ours.a_run(policy, pairs, micro_tokens=2 * options.tokens) as run:
+        run = run._replace(plan=run.plan._replace(alone=alone))
         net, optimiser = ours.policy(run, policy)
         zeros = [torch.zeros(len(pair.chosen) + len(pair.rejected)) for pair in pairs]
         stage, taken = trainer.Stage("tgdpo", pairs, [], zeros, zeros), []

@@ -64,13 +64,15 @@ BOS, EOS = 0, 1
 
 
 class Pair(NamedTuple):
-    """Token ids of one preference, with the fields of data.Pair."""
+    """Token ids of one preference, with what is asked of data.Pair."""
 
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     source: str
     weight: float = 1.0
+    scored = property(lambda self: len(self.chosen) + len(self.rejected))
+    packed = property(lambda self: len(self.prompt) + self.scored - 2)
 
 
 def make_pairs(count, vocab, divisor=1, seed=0, longest=2048):

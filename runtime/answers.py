@@ -1,6 +1,7 @@
 """How the models of a run answer: samples on the way and at its end."""
 
 from runtime import sampling
+from runtime.shards import let_go
 from runtime.training import stop_if_told
 
 
@@ -25,7 +26,7 @@ def answer(run, net, inputs, heed=after_export):
             for prompt, ids in zip(asked, new)
         ]
         heed(run)
-    net.reshard()
+    let_go(net)
     return answers
 
 

@@ -18,8 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from runtime import outdir
 from runtime.disk import digests, line, unless_absent, whole
 from runtime.failures import RunFailed
+from runtime.process_group import on_rank_0
+from runtime.progress import say
 
 
 def key(parts):
@@ -30,6 +33,25 @@ def key(parts):
 def weights_digest(directory):
     """Hex digest of the model in `directory`: of the names and contents of *.safetensors and config.json."""
     return key(digests([*sorted(Path(directory).glob("*.safetensors")), Path(directory) / "config.json"]))
+
+
+def kept(run, kind, parts, count, find, title):
+    """The numbers of `kind` from OUT/cache where they stand, else those of find(), which are kept there: [count].
+    parts() -> what they depend on, see `key`; title: what they are, in words. Collective."""
+    where = Path(run.out) / "cache"
+    name = on_rank_0(lambda: key(parts()))
+    logp = on_rank_0(lambda: read(where, kind, name, count, say))
+    if logp is not None:
+        say(f"{title} are in the cache: {kind}-{name}", run.rank)
+        return logp
+    logp = find()
+
+    def keep():
+        outdir.check(run.out)
+        write(where, kind, name, logp)
+
+    on_rank_0(keep)
+    return logp
 
 
 def write(directory, kind, key, logp):

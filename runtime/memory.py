@@ -4,6 +4,7 @@ Counted in bytes of what is alive, for FSDP2 with float32 master shards; `width`
 What an allocator keeps of freed memory comes on top: on CPU it may more than double it, on CUDA see SHARE.
 """
 
+import itertools
 from typing import NamedTuple
 
 from kernels.attention import SCORES
@@ -28,6 +29,8 @@ class Plan(NamedTuple):
     parts: dict  # what a rank holds at its fullest, name -> bytes
     longest: int  # tokens of the longest pair
     room: int  # the GPU's bytes; 0 on CPU
+    alone: bool = False  # one rank on a CPU in float32: fully_shard would only cost it time and memory
+    cast_once: bool = False  # one GPU keeps its weights in the compute type from one micro-batch of a step to the next
 
     def recomputes(self, layer):
         """Whether block number `layer` computes its activations again in the backward pass."""
@@ -74,7 +77,7 @@ def activation_bytes(config, width, cuda, compiled, rank=0):
     return norms + heads + width * (query + keys + mlp + 7 * rank)
 
 
-def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0):
+def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank=0, alone=False, cast_once=False):
     """What a rank holds at its fullest while it trains on micro-batches of `tokens`: name -> bytes. Which
     of four moments of the backward pass that is depends on the sizes. longest: tokens of the longest pair."""
     root, block = parameters(config)
@@ -107,13 +110,30 @@ def parts(config, world, width, tokens, recompute, cuda, compiled, longest, rank
         # The end: the buffer of the sum for embedding and head, with their gradients or this rank's shard.
         (0, (4 + summed) * root, 0, 0),
     ]
+    if alone:  # nothing is gathered, and each gradient is added to the sum as it is made
+        moments = [(0, 0, saved, logits), (0, 0, saved + again + mlp, 0), (0, 4 * head, 0, 0)]
+    if cast_once:
+        moments = [(width * (root + layers * block), *others) for _, *others in moments]
     gathered, gradients, activations, logits = max(moments[:2] if rank else moments, key=sum)
     held = {"weights": 4 * shard + width * frozen, "gradients": 4 * shard, "optimiser": 8 * shard, "gathered": gathered}
     return held | {"gathered gradients": gradients, "activations": activations, "logits": logits}
 
 
-def make(config, options, shards, device_type, width, longest, room, can_compile=True):
-    """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU."""
+def side_by_side(config, world, width, tokens, cuda, alone):
+    """What a rank holds in the pass of --centre-guidance, with two frozen models: name -> bytes, as `parts`. More than
+    in training only where adapters train."""
+    root, block = parameters(config)
+    V, C, I = config.vocab_size, config.hidden_size, config.intermediate_size
+    chunk = 4 * V * min(tokens, max(1, (CUDA_LOGITS if cuda else CPU_LOGITS) // (4 * V)))
+    weights = 2 * width * -(-(root + config.num_hidden_layers * block) // world)
+    gathered = 0 if alone else width * (2 * root + 2 * block)
+    held = {"weights": weights, "gradients": 0, "optimiser": 0, "gathered": gathered}
+    return held | {"activations": tokens * width * (3 * I + 4 * C), "logits": chunk}
+
+
+def make(config, options, shards, device_type, width, longest, room, can_compile=True, alone=False):
+    """Plan for `shards` ranks a copy. longest: tokens of the longest pair; room: a GPU's bytes, 0 on CPU; alone: see
+    Plan."""
     cuda = device_type == "cuda"
     compiled = cuda and can_compile if options.compile is None else options.compile
     most = max(longest, options.micro_tokens or (CUDA_TOKENS if cuda else CPU_TOKENS))
@@ -126,13 +146,20 @@ def make(config, options, shards, device_type, width, longest, room, can_compile
         for tokens in range(most, min(most, max(least, ENOUGH_TOKENS)) - 1, -256)
     ]
     tries += [(tokens, choices[-1]) for tokens in (*range(most, least, -256), least)]
-    for tokens, recompute in tries:
-        held = parts(config, shards, width, tokens, recompute, cuda, compiled, longest, options.lora_rank)
+    once = cuda and shards == 1 and width < 4 and not options.lora_rank and not options.cpu_offload
+    for (tokens, recompute), cast_once in itertools.product(tries, (True, False) if once else (False,)):
+        how = (recompute, cuda, compiled, longest, options.lora_rank, alone, cast_once)
+        held = parts(config, shards, width, tokens, *how)
+        forward = 2 * tokens if cuda else tokens
+        if options.centre_guidance and options.lora_rank:
+            held = max(
+                held, side_by_side(config, shards, width, forward, cuda, alone), key=lambda each: sum(each.values())
+            )
         if options.cpu_offload and cuda:
             held |= {"weights": 0, "gradients": 0, "optimiser": 0}
         if not cuda or sum(held.values()) <= SHARE * room:
             break
-    return Plan(tokens, 2 * tokens if cuda else tokens, recompute, compiled, held, longest, room)
+    return Plan(tokens, forward, recompute, compiled, held, longest, room, alone, cast_once)
 
 
 def lines(plan, world):

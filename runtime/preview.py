@@ -68,6 +68,31 @@ def warnings(options, contexts, pairs, eval_pairs):
     return lines
 
 
+def guide_warning(right):
+    """Lines on a guide that ranks this share of the training pairs right."""
+    if right >= 0.5:
+        return []
+    return [
+        f"warning: the guide prefers the chosen response on {right:.1%} of the training pairs, worse than chance: "
+        "it pulls against their labels; look whether chosen and rejected are the right way round, at --guide, or "
+        "at stage 1's --lr and --epochs"
+    ]
+
+
+def alpha_advice(alpha, bounds, lost):
+    """Lines on an alpha. bounds: the largest that keep f > 0 on all tokens, on 99 % and on 95 %; lost: the share of
+    tokens on which this one does not."""
+    lines = [
+        "f stays positive on all tokens below alpha {:.3g}, on 99 % below {:.3g}, on 95 % below {:.3g}".format(*bounds)
+    ]
+    if alpha >= bounds[0]:
+        lines.append(
+            f"warning: with alpha {alpha} f is not positive on {lost:.2%} of the tokens, whose gradient turns its sign "
+            "(derive.md, D13)"
+        )
+    return lines
+
+
 def show(options, tokenizer, pairs, eval_pairs, counts, plan, world, config):
     """Print the preview; pairs are data.Pair, plan a memory.Plan, world the number of ranks, config the model's."""
     for line in counts_lines(counts):

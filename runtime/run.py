@@ -65,13 +65,12 @@ def describe(options, inputs, dtype, fingerprint):
     }
 
 
-def begin(options, ranks, out, inputs, read_config, fingerprint, size):
+def begin(options, ranks, out, inputs, read_config, fingerprint):
     """The run, laid out and written down in `out`. None where nothing is to be done: with --dry-run it is shown, and
-    what --resume finds ended well with --keep 0 is said to be. read_config: model's; fingerprint: data's; size: a
-    pair's tokens in a pack."""
+    what --resume finds ended well with --keep 0 is said to be. read_config: model's; fingerprint: data's."""
     dtype = gpu.compute_type(ranks.device, options.dtype)
     config, (source, guide, _, pairs, eval_pairs, counts) = read_config(inputs.source), inputs
-    plan, mesh = lay_out(options, ranks, config, dtype, max(size(pair) for pair in pairs + eval_pairs))
+    plan, mesh = lay_out(options, ranks, config, dtype, max(pair.packed for pair in pairs + eval_pairs))
     contexts = {name: read_config(name).max_position_embeddings for name in (source, guide) if name}
     beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
     ahead = [] if options.dry_run or options.resume else preview.stages(options, len(pairs))
@@ -116,7 +115,8 @@ def lay_out(options, ranks, config, dtype, longest):
         raise BadInput(f"--compile: {why_not}; install it, or leave --compile out")
     if kind == "cuda" and compiled is None and why_not:
         say(f"not compiled, which would be faster: {why_not}", ranks.rank)
-    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room, kind == "cuda" and not why_not)
+    alone, can_compile = ranks.world == 1 and kind == "cpu" and dtype == torch.float32, kind == "cuda" and not why_not
+    plan = memory.make(config, options, group, kind, dtype.itemsize, longest, room, can_compile, alone)
     if options.hsdp:
         return plan, dist.init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("copies", "shards"))
     return plan, dist.init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shards",))

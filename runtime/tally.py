@@ -1,7 +1,13 @@
 """The figures of one optimiser step or one evaluation: summed over micro-batches and ranks, then one row of metrics."""
 
+import math
+
 import torch
 import torch.distributed as dist
+
+from files.errors import some
+from runtime.failures import RunFailed
+from runtime.process_group import on_all_ranks
 
 OF_PAIRS = ("loss", "margin", "accuracy")
 OF_REFERENCE = ("dpo_margin", "dpo_accuracy", "logratio_chosen", "logratio_rejected")  # of pairs too
@@ -59,6 +65,17 @@ class Tally:
         if sums["weighted"]:
             row["u_mean"] = sums["u"] / sums["weighted"]
         return row
+
+
+def refuse_not_finite(row, losses, sources, batch):
+    """Raises RunFailed, alike on all ranks, where a step's loss or gradient is not finite. row: of its metrics; losses:
+    this rank's [(indices of pairs, their losses)]; sources: of all pairs, to name them; batch: the step's indices."""
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        return
+    own = [sources[i] for part, values in losses for i, x in zip(part, values.tolist()) if not math.isfinite(x)]
+    if wrong := sum(on_all_ranks(lambda: own), []):
+        raise RunFailed(f"the loss is not finite on {some(wrong)}")
+    raise RunFailed(f"the gradient is not finite; the step's pairs are {some([sources[i] for i in batch])}")
 
 
 def _real(sides, lengths):

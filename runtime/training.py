@@ -11,6 +11,7 @@ import torch
 from files.errors import BadInput
 from runtime import checkpoint, outdir, shards
 from runtime.failures import RunFailed
+from runtime.losses import LOSSES
 from runtime.process_group import on_all_ranks, on_rank_0
 from runtime.progress import say
 
@@ -63,7 +64,7 @@ def save(run, training):
     """Write a checkpoint, unless the newest is of this step. Raises RunFailed where weights are no longer finite."""
     if training.step == training.saved:
         return
-    training.net.reshard()  # in an evaluation the root is gathered, and its parameters are not the optimiser's
+    shards.let_go(training.net)  # in an evaluation the root is gathered, and its parameters are not the optimiser's
     finite = on_all_ranks(
         lambda: all(
             bool(shards.local_rows(p)[0].isfinite().all()) for p in training.net.parameters() if p.requires_grad
@@ -87,6 +88,16 @@ def save(run, training):
         on_rank_0(log.sync)  # a resumed run's metrics are then those of the run never stopped
     checkpoint.save(checkpoints_of(run), training.step, tensors, state, run.options.keep)
     training.saved = training.step
+
+
+def not_taken(run, training, failure):
+    """The RunFailed of a step that failed before the optimiser took it: which, and what to try. Collective."""
+    mend = "a lower --lr, --beta or --alpha" if LOSSES[training.loss].reads("alpha") else "a lower --lr or --beta"
+    mend += "" if run.dtype == torch.float32 else ", or --dtype float32"
+    return RunFailed(
+        f"{training.loss} step {training.step + 1}: {failure}; the optimiser did not take it; "
+        f"the last checkpoint is {last_checkpoint(run)}; try {mend}"
+    )
 
 
 def heed(run, training):

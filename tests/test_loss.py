@@ -295,6 +295,8 @@ def test_D13_fine_shares_and_weak_guides():
     for lost in (0, 1, 2, 19):  # of 20,000 tokens: a share of 0.99995 keeps all but one
         assert tgdpo.largest_alpha(-ramp, ramp[:0], 1 - lost / 20000) == approx(1 / (20000 - lost), rel=1e-12)
     assert tgdpo.largest_alpha(ramp[:0], ramp, 0.99993) == approx(1 / 19999, rel=1e-12)  # one less would be too few
+    slopes = torch.tensor([1.0, 2.0, 4.0])  # 4e-6 of a token beyond two is a third; 4e-7 is how floats are
+    assert [tgdpo.largest_alpha(-slopes, slopes[:0], (2 + more) / 3) for more in (4e-6, 4e-7)] == [0.25, 0.5]
     for weak in (1e-5, 1e-9, 1e-30):
         assert tgdpo.largest_alpha(torch.tensor([-weak, weak], dtype=F64), torch.zeros(3)) == approx(1 / weak, rel=1e-9)
 

@@ -17,6 +17,7 @@ import torch
 from tiny_world import make_tokenizer
 
 import model
+from data import FILLER
 from kernels import attention as attention_kernels
 from kernels import log_probs as log_prob_kernels
 from runtime import container, lora, memory
@@ -131,7 +132,7 @@ def measure_steps(tiny, path, rank):
             net = sharded(tiny, run)
             net.model.layers[0].recompute = True
             adamw = torch.optim.AdamW(net.parameters(), fused=True)
-            stage = train.Stage("dpo", [train.FILLER], [], [torch.zeros(2)], None)
+            stage = train.Stage("dpo", [FILLER], [], [torch.zeros(2)], None)
             optimiser_step(run, net, adamw, stage, [0])
             del net, adamw
             torch.ones(1000, 1000) @ torch.ones(1000, 1000)
@@ -170,6 +171,7 @@ VOCABULARY = {"hidden_size": 256, "vocab_size": 24000, "num_hidden_layers": 1}
         (1, WEIGHTS, 1, "none", ["--loss", "simpo", "--lora-rank", 64]),
         (1, {"num_hidden_layers": 6}, 8, "full", ["--loss", "simpo", "--lora-rank", 8]),
         (1, VOCABULARY, 2, "none", ["--loss", "simpo", "--lora-rank", 8]),
+        (1, WEIGHTS, 1, "full", ["--lora-rank", 8, "--centre-guidance", "--guide", "MODEL"]),
     ],
 )
 def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, tiny, tmp_path):
@@ -189,7 +191,7 @@ def test_a_run_uses_what_the_plan_says(world, config, pairs, recompute, more, ti
         recompute,
         "--epochs",
         9,
-        *(more or ["--loss", "simpo"]),
+        *[tmp_path / "model" if word == "MODEL" else word for word in more or ["--loss", "simpo"]],
     ):
         assert sum(rank["planned"].values()) == pytest.approx(rank["used"], rel=0.1), rank
 
@@ -231,6 +233,11 @@ def test_what_is_chosen_on_a_gpu():
     assert sum(plan(LLAMA_8B, 1, cpu_offload=True).parts.values()) < memory.SHARE * 80e9
     config = model.parse_config(LLAMA | LLAMA_1B)
     assert plan(LLAMA_1B, 1).compile
+    once, cast = plan(LLAMA_1B, 1), 2 * memory.trained(config, 0)  # the compute type's copy is kept where it fits
+    assert once.cast_once and once.parts["gathered"] == cast
+    tight = plan(LLAMA_1B, 1, room=30e9)
+    assert not tight.cast_once and tight.parts["gathered"] < cast / 2
+    assert not any(plan(LLAMA_1B, n, **other).cast_once for n, other in ((2, {}), (1, {"lora_rank": 8})))
     assert not memory.make(config, Options(), 1, "cuda", 2, 2400, 80e9, can_compile=False).compile
 
 
@@ -323,7 +330,7 @@ def measure_loading_and_export(tiny, path, rank):
         resident()
         train.export(run, net, os.path.join(run.out, "policy"), directory, "dpo")
         peaks["export"] = status("VmHWM") - before
-        shard = sum(4 * parameter.to_local().numel() for parameter in net.parameters())
+        shard = sum(4 * train.local_rows(parameter)[0].numel() for parameter in net.parameters())
         with open(f"{path}.{rank}", "w") as file:
             json.dump({"peaks": peaks, "shard": shard}, file)
         os._exit(0)

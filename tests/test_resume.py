@@ -113,6 +113,26 @@ def test_stopped_after_every_step(world, tmp_path):
     assert_bit_equal(out, world / "whole")
 
 
+def test_fully_shard_changes_nothing_for_one_rank(world, tmp_path, monkeypatch):
+    """A rank alone in float32 does without it: the same bits, and a checkpoint of either goes on in the other."""
+    out, alone, sharded, calls = tmp_path / "out", train.begin, train.fully_shard, []
+
+    def together(*given):
+        run = alone(*given)
+        assert run.plan.alone and not calls
+        return run._replace(plan=run.plan._replace(alone=False))
+
+    monkeypatch.setattr(train, "begin", together)
+    monkeypatch.setattr(train, "fully_shard", lambda module, **how: (calls.append(module), sharded(module, **how)))
+    assert run_and_stop(world, out, "dpo", 3) == 143 and calls
+    monkeypatch.setattr(train, "begin", alone)
+    calls.clear()
+    assert run_and_stop(world, out, "tgdpo", 2, signal.SIGTERM, "--resume") == 143 and not calls
+    monkeypatch.setattr(train, "begin", together)
+    assert train.main(arguments(world, out, "--resume")) == 0 and calls
+    assert_bit_equal(out, world / "whole")
+
+
 def test_sigusr1_saves_and_goes_on(world, tmp_path):
     out = tmp_path / "out"
     assert run_and_stop(world, out, "tgdpo", 2, signal.SIGUSR1, "--save-every", 0) == 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 import tomllib
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_world import KINDS, make_checkpoint, make_pairs
 import data
 import train
 from files.tokenizer import load_tokenizer
+from runtime.shards import local_rows
 
 transformers = pytest.importorskip("transformers")
 
@@ -219,6 +221,68 @@ def test_bfloat16_trains_and_reduces_in_float32(tmp_path, monkeypatch):
     assert all((b != b.bfloat16().float()).double().mean() > 0.9 for b in weights)
 
 
+def test_weights_cast_once_a_step_train_the_same_policy(tmp_path, monkeypatch):
+    """What one GPU does where memory allows, here on a CPU: each block is gathered once a step, not twice a pack."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    start, path = make_checkpoint(tmp_path / "start"), make_pairs(tmp_path / "pairs.jsonl", 8)
+    begin, gather, step, policies = train.begin, FSDPParamGroup._to_unsharded, train.optimiser_step, {}
+    for cast_once in (False, True):
+        gathered, out = [], tmp_path / f"out{cast_once}"
+
+        def begun(*given):
+            run = begin(*given)
+            return run._replace(plan=run.plan._replace(cast_once=cast_once))
+
+        def stepping(*given):
+            before = len(gathered)
+            row = step(*given)
+            counts.append(len(gathered) - before)
+            return row
+
+        counts = []
+        monkeypatch.setattr(train, "begin", begun)
+        monkeypatch.setattr(train, "optimiser_step", stepping)
+        counted = lambda group: (gathered.append(1) if group.is_sharded else None, gather(group))
+        monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", counted)
+        given = ("--model", start, "--data", path, "--eval-data", path, "--loss", "dpo", "--eval-every", 1)
+        assert run("--out", out, *given, dtype="bfloat16", micro_tokens=1) == 0
+        policies[cast_once] = (load(out / "policy").state_dict(), [r["loss"] for r in metrics(out)], counts)
+    (plain, losses, often), (once, same_losses, seldom) = policies[False], policies[True]
+    layers = load(start).config.num_hidden_layers
+    assert set(often) == {4 * (2 * layers + 1)} and set(seldom) == {layers + 1}  # four packs of a pair
+    assert losses == same_losses and all(torch.equal(plain[name], once[name]) for name in plain)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 10_000])
+def test_a_step_waits_for_the_device_three_times(micro_tokens, tmp_path, monkeypatch):
+    """Whatever asks a tensor for its value: twice for the row of metrics, once for the gradient's norm, never within a
+    micro-batch. Left out are a pack before it is on the device (data.py), and the loop over segments on CPU."""
+    start, path = make_checkpoint(tmp_path / "start"), make_pairs(tmp_path / "pairs.jsonl", 8)
+    step, waits = train.optimiser_step, []
+
+    def watched(plain):
+        def asked(tensor, *given, **named):
+            file = sys._getframe(1).f_code.co_filename
+            if not file.endswith(("data.py", "kernels/attention.py")):
+                waits[-1].append((plain.__name__, file))
+            return plain(tensor, *given, **named)
+
+        return asked
+
+    def stepping(*given):
+        waits.append([])
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+                patch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+            return step(*given)
+
+    monkeypatch.setattr(train, "optimiser_step", stepping)
+    given = ("--out", tmp_path / "out", "--model", start, "--data", path)
+    assert run(*given, micro_tokens=micro_tokens, epochs=1) == 0
+    assert len(waits) == 4 and {len(each) for each in waits} == {3}, waits
+
+
 def test_a_ragged_batch_is_divided_by_its_own_pairs(tmp_path):
     """Two pairs in a batch of four: the gradient, before any clipping, is that of their mean. AdamW would not tell."""
     start, path = make_checkpoint(tmp_path / "start"), make_pairs(tmp_path / "pairs.jsonl", 2)
@@ -283,7 +347,7 @@ def test_a_step_does_not_depend_on_micro_tokens(micro_tokens, tmp_path):
     for tokens in (micro_tokens, 100_000):
 
         def keep(run, net, optimiser, stage, batch):
-            optimiser.step = lambda: grads.append([p.grad.full_tensor().clone() for p in net.parameters()])
+            optimiser.step = lambda: grads.append([local_rows(p.grad)[0].clone() for p in net.parameters()])
             return step(run, net, optimiser, stage, batch)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -352,7 +352,11 @@ def fit(lab, arm, seed, points):
     options = option_table.resolve(words)
     optimiser = torch.optim.AdamW(net.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     run = types.SimpleNamespace(
-        options=options, rank=0, world=1, device=torch.device("cpu"), plan=types.SimpleNamespace(micro_tokens=8192)
+        options=options,
+        rank=0,
+        world=1,
+        device=torch.device("cpu"),
+        plan=types.SimpleNamespace(micro_tokens=8192, cast_once=False),
     )
     stage, size = train.Stage(options.loss, pairs, [], ref, guide), SETTINGS["batch"]
     per_epoch = len(pairs) // size
