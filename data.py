@@ -84,8 +84,8 @@ def load_pairs(
 
     paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
     of the prompt alone. columns: {name: column} of --columns; limit: read on only until so many pairs are kept
-    (0: all). Raises BadInput for a file or template that cannot be used, for rows that cannot be
-    read (skip_bad_rows drops these), and where no pair is left.
+    (0: all). Raises BadInput for a file or template that cannot be used, for a column that no row has, for rows that
+    cannot be read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
     total, pairs, dropped, columns = 0, [], [], columns or {}

@@ -244,6 +244,8 @@ def test_history_stands_before_the_prompt_and_behind_the_system(tmp_path, tokeni
     assert pairs[0].prompt.tolist() == pairs[1].prompt.tolist()
     own = row([SYSTEM, said("user", "Go on")], history=[["Hi", "Yes?"]])
     assert load(tokenizer, tmp_path / "own.jsonl", own)[0][0].prompt.tolist() == pairs[1].prompt.tolist()
+    none = [load(tokenizer, tmp_path / "n.jsonl", row(history=empty))[0][0] for empty in ("[]", [], None, "")]
+    assert len({pair.prompt.tobytes() for pair in none}) == 1 and len(none[0].prompt) < len(pairs[0].prompt)
     with pytest.raises(BadInput, match="`history` must be a list of"):
         load(tokenizer, tmp_path / "b.jsonl", row(history="Hi"))
     with pytest.raises(BadInput, match=r"`history\[1\]` must be a pair"):
