@@ -382,7 +382,7 @@ def read_toml(path, flag=""):
             )
         if name in settings:
             raise BadInput(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
-        settings[name] = _checked(name, value, f"{file}: {name} = {_shown(value)}")
+        settings[name] = _checked(name, value, f"{file}: {name.strip('_')} = {_shown(value)}")
     return settings
 
 
@@ -603,7 +603,7 @@ def _columns_checked(value, where):
 
 
 def _nearest(word, known):
-    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0].strip("_")  # with_ is with
 
 
 def _shown(value, most=80):

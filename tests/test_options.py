@@ -155,6 +155,8 @@ def test_bad_flags_get_one_line(flags, message):
     [
         ("bta = 1", "my.toml: unknown key bta; the nearest is beta"),
         ("[train]\nbeta = 1", "unknown key train"),
+        ("wth = 'ld'", "unknown key wth; the nearest is with$"),
+        ("with = 'dlp'", "my.toml: with = dlp: there is no part 'dlp'"),
         ("beta = 'high'", "my.toml: beta = high: must be a number"),
         ("beta = true", "beta = true: must be a number"),
         ("beta = nan", "beta = nan: must be a finite number"),
