@@ -114,10 +114,13 @@ def load_pairs(
         raise BadInput(refusal(bad, total))
     if not pairs:
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in dropped)
+        first = (
+            next(iter(bad.values()))[0] if bad else "give other data, or longer --max-length and --max-prompt-length"
+        )
         raise BadInput(
             f"{', '.join(map(str, paths))}: no pair is left of {total} rows: "
             + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-            + "; give other data, or longer --max-length and --max-prompt-length"
+            + f"; {first}"
         )
     cut, apart = sum(pair.cut for pair in pairs), sum(pair.apart for pair in pairs)
     unused = found.keys() - fields_read(columns) - set(columns.values())

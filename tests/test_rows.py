@@ -334,10 +334,12 @@ def test_columns_rename_and_weigh(tmp_path, tokenizer):
 
 
 def test_a_refusal_tells_the_columns_and_those_that_would_do(tmp_path, tokenizer):
-    with pytest.raises(BadInput) as error:
-        load(tokenizer, tmp_path / "a.jsonl", {"question": "a", "response_j": "b", "response_k": "c"})
-    assert "the row has: question, response_j, response_k; try --columns" in str(error.value)
-    assert "prompt=question chosen=response_j rejected=response_k" in str(error.value)
+    for skipped in (False, True):
+        with pytest.raises(BadInput) as error:
+            path = write_rows(tmp_path / "a.jsonl", {"question": "a", "response_j": "b", "response_k": "c"})
+            data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=skipped)
+        assert "the row has: question, response_j, response_k; try --columns" in str(error.value)
+        assert "prompt=question chosen=response_j rejected=response_k" in str(error.value)
 
 
 def test_gz_folders_globs_and_limit(tmp_path, tokenizer):
