@@ -1,7 +1,7 @@
 """The report's curves, distributions and table, as data: statistics of what the run recorded.
 
-A chart is a dict {title, xlabel, x, series, …} that page.js hands to uPlot; see `chart`. A pair is report.py's
-Pair: its formulas were evaluated in the run, and nothing here evaluates one again.
+A chart is a dict {title, xlabel, x, series, …} that page.js hands to uPlot; see `chart`. A pair is report.py's Pair:
+its formulas were evaluated in the run, and nothing here evaluates one again.
 """
 
 import collections
@@ -10,21 +10,17 @@ import unicodedata
 
 import numpy as np
 
-from report.text import percent, signed, visible
+from report.text import signed, visible
 
 MOST_POINTS = 800  # of a curve
 SIDES = ("chosen", "rejected")
-SIDE_COLOURS = (("chosen", "blue"), ("rejected", "orange"))
 NAMES = {"dpo": "DPO", "simpo": "SimPO", "tgdpo": "TGDPO"}
 KINDS = ("end token", "punctuation", "white space", "other")  # of tokens
 
 
 def number_of(value):
-    """value as a float where it is a finite number, else None."""
-    try:
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    except OverflowError:  # an integer beyond float's range
-        return None
+    """value as a float where it is a number within float's range, else None."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
 
 
 def plain_numbers(values):
@@ -34,16 +30,13 @@ def plain_numbers(values):
 
 def chart(title, xlabel, series, **more):
     """A chart of several series on one list of x, None where a series has no value.
-
-    series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth
-    (drawn over a pale y), low and high (a band), dash. more: zero (the y axis holds 0), range (what the y axis holds),
-    small, note.
-    """
+    series: dicts of name, colour (of page.css), style (line, dots, bars, points), x, y and, where wanted, smooth (drawn
+    over a pale y), low and high (a band), dash. more: zero (the y axis holds 0), range (what it holds), small, note."""
     places = sorted({at for each in series for at in each["x"]})
     for each in series:
         for key in {"y", "smooth", "low", "high"} & set(each):
             each[key] = plain_numbers(map(dict(zip(each["x"], each[key])).get, places))
-    series = [{key: value for key, value in each.items() if key != "x"} for each in series]
+        del each["x"]
     return {"title": title, "xlabel": xlabel, "x": plain_numbers(places), "series": series, **more}
 
 
@@ -84,39 +77,33 @@ COLOURS = ("green", "purple", "orange", "blue", "accent")  # of lines on one axi
 ENOUGH = 3  # evaluations that make a curve
 
 
-def points_of(rows, key, held_out):
-    """[N, 2 or 4] of the rows that have a finite `key`: step, value, and of a mean its least and greatest."""
+def curve(rows, key, held_out, band=False, **look):
+    """[one series] of the rows that have a finite `key`, or []: training as a line, smoothed over the raw one; held-out
+    figures as joined dots. band: of a mean also its least and greatest."""
     keys = ["step", key] + [key.replace("mean", end) for end in ("min", "max") if key.endswith("_mean")]
     points = [[number_of(row.get(k)) for k in keys] for row in rows if bool(row.get("eval")) == held_out]
-    return np.array([point for point in points if None not in point], np.float64).reshape(-1, len(keys))
-
-
-def curve(points, held_out=False, smooth=True, **look):
-    """The series of points_of: training as a line, smoothed over the raw one, held-out figures as joined dots."""
-    x, y, *band = points.T
-    keep = thinned(y)
-    more = {name: values[keep] for name, values in zip(("low", "high"), band)}
-    more |= {"smooth": smoothed(y)[keep]} if smooth and not held_out else {}
-    return {"x": x[keep].tolist(), "y": y[keep], "style": "dots" if held_out else "line", **look, **more}
+    points = np.array([point for point in points if None not in point], np.float64).reshape(-1, len(keys))
+    keep = thinned(points[:, 1])
+    each = dict(zip(("x", "y", "low", "high") if band else "xy", points[keep].T))
+    smooth = {"smooth": smoothed(points[:, 1])[keep]} if len(keep) and key != "lr" and not held_out else {}
+    return [each | smooth | {"style": "dots" if held_out else "line"} | look] if len(keep) else []
 
 
 def together(lines, rest=False):
     """What is known of several trainings, on one axis against steps: charts of plain accuracy, margin and log-ratios.
-
     lines: [(name, rows of metrics.jsonl)]; rest: the other charts instead. Held-out figures where there are ENOUGH of
     them, else training's too."""
     first, charts = list(CURVES)[:4], []
     if not any(key in row for _, rows in lines for row in rows for key in first):  # SimPO knows no reference
         first = ["accuracy", "margin"]
-    for key in [key for key in CURVES if key not in first] if rest else first:
+    for key in [key for key in CURVES if (key in first) != rest]:
         series = []
         for i, (name, rows) in enumerate(lines):
             look = {"colour": COLOURS[i % len(COLOURS)], "dash": i >= len(COLOURS)}
-            held_out, training = points_of(rows, key, True)[:, :2], points_of(rows, key, False)[:, :2]
-            if len(held_out) < ENOUGH and len(training):
-                series.append(curve(training, smooth=key != "lr", name=f"{name}, training", **look))
-            if len(held_out):
-                series.append(curve(held_out, True, name=name, **look))
+            held_out = curve(rows, key, True, name=name, **look)
+            if not held_out or len(held_out[0]["x"]) < ENOUGH:
+                series += curve(rows, key, False, name=f"{name}, training", **look)
+            series += held_out
         if series:
             charts.append(chart(CURVES[key][0], "step", series, zero=CURVES[key][1], small=rest))
     return charts
@@ -128,19 +115,15 @@ def curves(stages):
     for key, (title, zero) in CURVES.items():
         row = []
         for stage in stages:
-            rows, training = stage["rows"], points_of(stage["rows"], key, False)
+            rows, name = stage["rows"], f"{title}: {stage['role']}" if len(stages) > 1 else title
             if all(f"dpo_{key}" in each and each[f"dpo_{key}"] == each.get(key) for each in rows):
                 continue  # a DPO stage optimises the plain margin
-            held_out = () if key in TRAINING_ONLY else points_of(rows, key, True)
-            series = [curve(training, smooth=key != "lr", name="training", colour="blue")] if len(training) else []
-            series += [curve(held_out, True, name="held out", colour="orange")] if len(held_out) else []
+            series = curve(rows, key, False, band=True, name="training", colour="blue")
+            series += [] if key in TRAINING_ONLY else curve(rows, key, True, name="held out", colour="orange")
             if key == "loss" and series and rows[0].get("stage") != "simpo":  # where training begins
-                ends = [series[0]["x"][0], series[0]["x"][-1]]
-                log_2 = {"x": ends, "y": [math.log(2)] * 2, "style": "line", "dash": True}
-                series.append({"name": "log 2", "colour": "muted", **log_2})
-            if series:
-                name = f"{title}: {stage['role']}" if len(stages) > 1 else title
-                row.append(chart(name, "step", series, zero=zero, small=True))
+                ends, look = series[0]["x"][[0, -1]], {"colour": "muted", "style": "line", "dash": True}
+                series.append({"name": "log 2", "x": ends, "y": [math.log(2)] * 2, **look})
+            row += [chart(name, "step", series, zero=zero, small=True)] if series else []
         seen = [y for each in row for one in each["series"] for name in ("y", "low", "high") for y in one.get(name, ())]
         seen = [y for y in seen if y is not None]
         charts += [each | {"range": [min(seen), max(seen) if max(seen) > min(seen) else min(seen) + 1]} for each in row]
@@ -148,24 +131,27 @@ def curves(stages):
 
 
 def stages_of(rows, loss):
-    """metrics.jsonl's rows by stage, in the order of the run: dicts of title, role and rows, sorted by step.
-
-    loss: the run's. A resumed run writes some steps again: the last row of a step counts.
-    """
+    """metrics.jsonl's rows by stage, in the order of the run: dicts of title, role and rows, sorted by step. Of a step
+    that a resumed run has written again, the last row counts."""
     newest = {}
     for row in rows:
         stage, step = row.get("stage"), row.get("step")
         if isinstance(stage, str) and number_of(step) is not None:
-            newest[stage, bool(row.get("eval")), step] = row
+            newest.setdefault(stage, {})[bool(row.get("eval")), step] = row
     stages = []
-    for stage in dict.fromkeys(key[0] for key in newest):
-        part = sorted((row for key, row in newest.items() if key[0] == stage), key=lambda row: row["step"])
-        title, role = NAMES.get(stage, visible(stage)), "policy"
+    for stage, part in newest.items():
+        title, role = NAMES.get(stage, visible(stage)), {"dpo": "guide", loss: "policy"}.get(stage, visible(stage))
         if loss == "tgdpo":
-            title = f"Stage 2: {title}" if stage == "tgdpo" else f"Stage 1: the guide, trained with {title}"
-            role = {"tgdpo": "policy", "dpo": "guide"}.get(stage, visible(stage))
-        stages.append({"title": title, "role": role, "rows": part})
+            title = f"Stage 2: {title}" if role == "policy" else f"Stage 1: the guide, trained with {title}"
+        stages.append({"title": title, "role": role, "rows": sorted(part.values(), key=lambda row: row["step"])})
     return stages
+
+
+def gathered(pairs, name):
+    """`name` of all tokens as (chosen, rejected), each [N] in float64; None unless it is recorded of all of them."""
+    if not pairs or any(name not in getattr(pair, side) for pair in pairs for side in SIDES):
+        return None
+    return tuple(np.concatenate([getattr(pair, side)[name] for pair in pairs]).astype(np.float64) for side in SIDES)
 
 
 def with_recorded(pairs, name):
@@ -173,83 +159,72 @@ def with_recorded(pairs, name):
     return [pair for pair in pairs if name in pair.chosen and name in pair.rejected]
 
 
-def gathered(pairs, name):
-    """`name` of all tokens as (chosen, rejected), each [N] in float64."""
-    return tuple(np.concatenate([getattr(pair, side)[name] for pair in pairs]).astype(np.float64) for side in SIDES)
-
-
 def kind_of(token):
     """ "white space", "punctuation" (and symbols) or "other", for the table of what carries the reward."""
-    bare = token.strip()
-    if not bare:
-        return "white space" if token else "other"  # "" is a token that ends inside a character
-    return "punctuation" if all(unicodedata.category(c)[0] in "PS" for c in bare) else "other"
+    if token.isspace():
+        return "white space"
+    return "punctuation" if token and all(unicodedata.category(c)[0] in "PS" for c in token.strip()) else "other"
 
 
 def correlation(x, y):
     """Pearson's, or None for fewer than three points or a constant."""
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    value = np.corrcoef(x, y)[0, 1]
-    return float(value) if np.isfinite(value) else None
+    return np.corrcoef(x, y)[0, 1] if len(x) > 2 and np.ptp(x) and np.ptp(y) else None
+
+
+def by_side(style, points):
+    """Series of the two sides. points: (x, y) of each."""
+    sides = zip(SIDES, ("blue", "orange"), points)
+    return [{"name": side, "colour": colour, "style": style, "x": x, "y": y} for side, colour, (x, y) in sides]
 
 
 def histogram(title, xlabel, values, more=""):
     """values: (chosen, rejected), each [N]; more: ends the note. The outermost half per cent is in the end bins."""
-    low, high = np.quantile(np.concatenate(values), [0.005, 0.995])
-    edges = np.linspace(low, high, 41) if high > low else np.linspace(low - 0.5, low + 0.5, 41)
-    series = []
-    for (side, colour), part in zip(SIDE_COLOURS, values):
-        bars = {"x": (edges[1:] + edges[:-1]) / 2, "y": np.histogram(part.clip(low, high), edges)[0] / len(part)}
-        series.append({"name": side, "colour": colour, "style": "bars", **bars})
-    told = [
-        f"{side} mean {signed(part.mean())}, standard deviation {part.std():.3g}" for side, part in zip(SIDES, values)
-    ]
+    ends = np.quantile(np.concatenate(values), [0.005, 0.995])
+    bins = [np.histogram(part.clip(*ends), 40, ends) for part in values]
+    series = by_side("bars", [((edges[1:] + edges[:-1]) / 2, count / count.sum()) for count, edges in bins])
+    told = [f"{side} mean {signed(v.mean())}, standard deviation {v.std():.3g}" for side, v in zip(SIDES, values)]
     return chart(title, xlabel, series, zero=True, note=f"Shares of a side's tokens: {'; '.join(told)}.{more}")
 
 
 def moved_by_weight(f, moved):
     """Mean change of the log-ratio against mean f, over tokens sorted by f; both (chosen, rejected), each [N]."""
-    series = []
-    for s, (side, colour) in enumerate(SIDE_COLOURS):
-        parts = np.array_split(f[s].argsort(kind="stable"), min(12, len(f[s])))
-        means = {"x": [f[s][part].mean() for part in parts], "y": [moved[s][part].mean() for part in parts]}
-        series.append({"name": side, "colour": colour, "style": "line", **means})
+    points = []
+    for weights, changes in zip(f, moved):
+        parts = np.array_split(weights.argsort(kind="stable"), min(12, len(weights)))
+        points.append([[values[part].mean() for part in parts] for values in (weights, changes)])
     note = "Mean of log π/π_ref after training; each point is a twelfth of the side's tokens."
-    return chart("Where the policy moved, by weight f", "weight f", series, zero=True, note=note)
+    return chart("Where the policy moved, by weight f", "weight f", by_side("line", points), zero=True, note=note)
 
 
-def reward_by_length(lengths, totals, symbol):
-    """A point for each response: summed reward against length, both [P, 2]."""
-    x, y = lengths.ravel(), totals.ravel()
-    order = x.argsort(kind="stable")
-    series = []
-    for s, (side, colour) in enumerate(SIDE_COLOURS):
-        mine = plain_numbers(np.where(order % 2 == s, y[order], np.nan))
-        series.append({"name": side, "colour": colour, "style": "points", "y": mine})
-    alone, differences = correlation(x, y), correlation(*(-np.diff(part)[:, 0] for part in (lengths, totals)))
+def reward_by_length(pairs, symbol):
+    """A point for each response: its summed reward against its length."""
+    sums = [[(len(y["tokens"]), y["reward"].sum(dtype=float)) for y in (pair.chosen, pair.rejected)] for pair in pairs]
+    lengths, totals = np.array(sums, np.float64).transpose(2, 0, 1)  # [P, 2] both
+    apart = lengths + np.arange(lengths.size).reshape(lengths.shape) * 1e-9  # two points of one length stay two
+    alone = correlation(lengths.ravel(), totals.ravel())
+    differences = correlation(*(part[:, 0] - part[:, 1] for part in (lengths, totals)))
     note = f"Pearson correlation {signed(alone)}; of the differences, chosen less rejected, {signed(differences)}."
-    title = f"Σ {symbol} of a response by its length"
-    return {"title": title, "xlabel": "tokens", "x": plain_numbers(x[order]), "series": series, "note": note}
+    series = by_side("points", zip(apart.T, totals.T))
+    return chart(f"Σ {symbol} of a response by its length", "tokens", series, note=note)
 
 
 def carriers(pairs, symbol, reward, f):
     """The table of what carries the reward: its columns, its rows, and the end token."""
-    last = collections.Counter(getattr(pair, side)["tokens"][-1] for pair in pairs for side in SIDES)
-    end = last.most_common(1)[0][0]  # the end-of-turn token, unless most responses were cut
+    responses = [[getattr(pair, side)["tokens"] for pair in pairs] for side in SIDES]
+    # the end-of-turn token, unless most responses were cut
+    end = collections.Counter(tokens[-1] for side in responses for tokens in side).most_common(1)[0][0]
+    final = lambda tokens: KINDS[0] if tokens[-1] == end else kind_of(tokens[-1])
+    kinds = [np.array([kind for y in side for kind in (*map(kind_of, y[:-1]), final(y))]) for side in responses]
+    share = lambda mine, values: f"{abs(values[mine]).sum() / abs(values).sum():.1%}" if values.any() else "–"
+    rows = []
+    for kind in KINDS:
+        for s, side in enumerate(SIDES):
+            mine = kinds[s] == kind
+            shares = [share(mine, values[s]) for values in (reward, f) if values]
+            shares.insert(1, signed(reward[s][mine].mean() if mine.any() else None))
+            rows.append([kind, side, f"{mine.sum():,}", f"{mine.mean():.1%}", *shares])
     columns = ["", "side", "tokens", "of its tokens", f"of Σ|{symbol}|", f"mean {symbol}"] + ["of Σ|f|"] * bool(f)
-    table = {}
-    for s, side in enumerate(SIDES):
-        responses = [getattr(pair, side)["tokens"] for pair in pairs]
-        tokens = [(token, i == len(response)) for response in responses for i, token in enumerate(response, 1)]
-        kinds = np.array(["end token" if final and token == end else kind_of(token) for token, final in tokens])
-        for kind in KINDS:
-            mine, part = kinds == kind, reward[s]
-            shares = [percent(abs(values[s][mine]).sum(), abs(values[s]).sum()) for values in (reward, f) if values]
-            mean = signed(part[mine].mean() if mine.any() else None)
-            counts = [f"{mine.sum():,}", percent(mine.sum(), len(mine))]
-            table[kind, side] = [kind, side, *counts, shares[0], mean, *shares[1:]]
-    return columns, [table[kind, side] for kind in KINDS for side in SIDES], end
+    return {"columns": columns, "table": rows, "end": visible(end)}
 
 
 def moved_section(pairs, symbol):
@@ -257,19 +232,11 @@ def moved_section(pairs, symbol):
     pairs = with_recorded(pairs, "reward")
     if not pairs:
         return None
-    reward = gathered(pairs, "reward")
-    f, moved = (
-        gathered(pairs, name) if len(with_recorded(pairs, name)) == len(pairs) else None for name in ("f", "moved")
-    )
-    totals = np.array([[getattr(p, side)["reward"].sum() for side in SIDES] for p in pairs], np.float64)  # [P, 2]
-    lengths = np.array([[len(getattr(p, side)["tokens"]) for side in SIDES] for p in pairs], np.float64)  # [P, 2]
+    reward, f, moved = (gathered(pairs, name) for name in ("reward", "f", "moved"))
     charts = [histogram(f"Distribution of {symbol}", symbol, reward)]
     if f:
-        flipped = [percent((part <= 0).sum(), len(part)) for part in f]
-        more = f" f ≤ 0: {flipped[0]} of the chosen tokens, {flipped[1]} of the rejected."
-        charts.append(histogram("Distribution of f", "weight f", f, more))
+        flipped = "f ≤ 0: {} of the chosen tokens, {} of the rejected.".format(*(f"{(x <= 0).mean():.1%}" for x in f))
+        charts.append(histogram("Distribution of f", "weight f", f, f" {flipped}"))
     if f and moved:
         charts.append(moved_by_weight(f, moved))
-    charts.append(reward_by_length(lengths, totals, symbol))
-    columns, table, end = carriers(pairs, symbol, reward, f)
-    return {"charts": charts, "columns": columns, "table": table, "end": visible(end)}
+    return {"charts": [*charts, reward_by_length(pairs, symbol)], **carriers(pairs, symbol, reward, f)}

@@ -1,6 +1,5 @@
 """Text as the page shows it: nothing hidden, nothing endless."""
 
-import collections
 import json
 import re
 import unicodedata
@@ -39,24 +38,10 @@ def clipped(text, most=MOST_TEXT):
 
 def written(value):
     """A setting or a count as text for a table cell."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return clipped(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
-
-
-def percent(part, whole):
-    """ "12.3%", or a dash where there is no whole."""
-    return f"{part / whole:.1%}" if whole else "–"
+    text = "–" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+    return clipped(text if isinstance(text, str) else json.dumps(text, default=str, ensure_ascii=False))
 
 
 def signed(value):
     """Three significant digits with the sign, or a dash."""
     return "–" if value is None else f"{value:+.3g}".replace("-", "−")
-
-
-def right_to_left(tokens):
-    """Whether most letters of a response run from right to left."""
-    letters = collections.Counter(unicodedata.bidirectional(c) for token in tokens for c in token)
-    return letters["R"] + letters["AL"] > letters["L"]

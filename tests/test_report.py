@@ -1034,6 +1034,23 @@ def test_in_a_browser(browser, tmp_path):
     for each in data["answer"]["charts"][0]["series"]:
         assert number(legend[each["name"]]) == pytest.approx(each["y"][1], rel=2e-3)
 
+    # the legend tells at rest where the curves end, else the nearest held-out figure; a name hides its raw curve too
+    small = """const figure = [...document.querySelectorAll('.wall figure')].find(
+                   one => one.innerText.startsWith('Loss: policy'));
+               figure.querySelector('.uplot').focus();
+               if (arguments[0]) figure.querySelectorAll('.u-legend tr:not(.silent) th')[1].click();
+               return [...figure.querySelectorAll('.u-legend tr' + (arguments[0] || ':not(.silent)'))].map(
+                   row => row.lastChild.textContent)"""
+    (loss,) = [chart for chart in data["curves"] if chart["title"] == "Loss: policy"]
+    training, held_out = (series["y"] for series in loss["series"][:2])
+    at_rest = list(map(number, browser.run(small, "")))
+    assert at_rest[:3] == pytest.approx([60, training[59], held_out[59]], rel=2e-3)
+    browser.press(*[RIGHT] * 12)
+    wait_for(lambda: browser.run(small, "")[0] == "12")
+    at_12 = list(map(number, browser.run(small, "")[:3]))
+    assert at_12 == pytest.approx([12, training[11], held_out[9]], rel=2e-3)
+    assert len(browser.run(small, ".u-off")) == 2
+
     for mode in ("light", "dark"):  # a phone: nothing is wider than it, and a table's cells stand below each other
         browser.open(page, width=360, height=720, mode=mode)
         assert browser.run("return document.documentElement.scrollWidth") == 360

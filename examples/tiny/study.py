@@ -86,6 +86,7 @@ PART_ARMS = {  # the parts of --with, with and without the guide
 ARMS = MAIN | RIVALS | PART_ARMS
 ROLLOUTS = ("advantage by rollouts as guide, α 4",)  # half an hour of rollouts a seed
 CONTROLS = dict(itertools.islice(RIVALS.items(), 9))
+STRONGER_BETA = [name for name in RIVALS if name.startswith("β 0.3")]
 REST = [name for name in RIVALS if name not in CONTROLS and name not in ROLLOUTS]
 # (arms, first seed, last seed), in the order of worth
 ORDER = (
@@ -97,8 +98,10 @@ ORDER = (
     (REST, 0, 1),
     (REST, 2, 3),
     (CONTROLS, 2, 3),
-    (ROLLOUTS, 0, 1),
+    (STRONGER_BETA, 4, 7),
+    (ROLLOUTS, 0, 0),
     (PART_ARMS, 1, 3),
+    (ROLLOUTS, 1, 1),
     (CONTROLS, 4, 7),
 )
 FULL = {"pairs": 4096, "held_out": 256, "prompts": 256, "states": 1024, "rollouts": 16, "order": ORDER}

@@ -16,10 +16,14 @@ CONTRASTS = (  # (what, less what): read together, so their intervals are widene
     ("TGDPO, α 4", "TGDPO, α 4, random labels"),
     ("TGDPO, α 4", RIVAL),
     ("centred, α 4", RIVAL),
+    ("β 0.3: TGDPO, α 4", "β 0.3: DPO, two epochs"),
+    ("β 0.3: centred, α 4", "β 0.3: DPO, two epochs"),
 )
 PLOTTED = ("DPO", RIVAL, "TGDPO, α 1", "TGDPO, α 4", "centred, α 1", "centred, α 4")
 PLOTTED += ("DPO, random labels", "TGDPO, α 4, random labels", "centred, α 4, random labels", "ExPO")
+PLOTTED += ("β 0.3: DPO, two epochs", "β 0.3: TGDPO, α 4")
 COLOURS = ("#000000", "#777777", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#000000", "#0072b2", "#d55e00", "#009e73")
+COLOURS += ("#aaaaaa", "#cc79a7")
 
 
 def student(df, tail):
@@ -40,7 +44,7 @@ def student(df, tail):
 def interval(values, tests=1):
     """(mean, half width of its 95 % interval, corrected for the number of tests by Bonferroni) of one value a seed."""
     values = np.asarray(values, float)
-    if len(values) < 2:
+    if len(values) < 3:  # of two it would be as wide as the plot
         return float(values.mean()), math.nan
     spread = float(values.std(ddof=1)) / math.sqrt(len(values))
     return float(values.mean()), student(len(values) - 1, 0.025 / tests) * spread
