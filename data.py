@@ -10,6 +10,7 @@ import collections
 import hashlib
 import heapq
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from files.errors import BadInput, BadRow, brief
-from files.preferences import fields_read, preference_of, renamed, weight_of
+from files.preferences import fields_read, has, preference_of, renamed, weight_of
 from files.rows import read_rows
 from files.template import ChatTemplate
 from files.tokenizer import ChatTokenizer
@@ -83,13 +84,12 @@ def load_pairs(
 
     paths: .jsonl, .json or .parquet files. max_length: most tokens of prompt and response; max_prompt_length:
     of the prompt alone. columns: {name: column} of --columns; limit: read on only until so many pairs are kept
-    (0: all). Raises BadInput for a file or template that cannot be used, for rows that cannot be
-    read (skip_bad_rows drops these), and where no pair is left.
+    (0: all). Raises BadInput for a file or template that cannot be used, for a column that no row has, for rows that
+    cannot be read (skip_bad_rows drops these), and where no pair is left.
     """
     rows = ((path, row, value) for path in map(Path, paths) for row, value in read_rows(path))
-    total, pairs, dropped, bad, unused = 0, [], [], {}, {}  # bad: reason -> ["FILE:ROW"]; unused: an ordered set
-    columns = columns or {}
-    read = fields_read(columns) | set(columns.values())
+    total, pairs, dropped, columns = 0, [], [], columns or {}
+    bad, found = {}, {}  # reason without its values -> ["FILE:ROW: reason"]; column -> its last value
     with ChatTemplate(tokenizer) as template, ThreadPoolExecutor() as pool:
         make = lambda numbered: pair_of(*numbered, tokenizer, template, max_length, max_prompt_length, columns)
         while (not limit or len(pairs) < limit) and (chunk := list(itertools.islice(rows, CHUNK))):
@@ -98,34 +98,42 @@ def load_pairs(
                     break
                 total += 1
                 if isinstance(value, dict):
-                    unused |= dict.fromkeys(field for field in value if field not in read)
+                    found |= value
                 if isinstance(result, Pair):
                     pairs.append(result)
                     continue
                 dropped.append({"file": str(path), "row": row, "reason": str(result)})
                 if isinstance(result, BadRow):
-                    bad.setdefault(str(result), []).append(f"{path}:{row}")
+                    alike = re.sub(r"column \d+|and is .*|'.*?'", "", str(result))
+                    bad.setdefault(alike, []).append(f"{path}:{row}: {result}")
+    absent = [f"{name}={column}" for name, column in columns.items() if column not in found]
+    if absent and found:
+        where = ", ".join(map(str, paths))
+        raise BadInput(f"{where}: --columns {' '.join(absent)}: in none of {total} rows; {has(found)}")
     if bad and not skip_bad_rows:
         raise BadInput(refusal(bad, total))
     if not pairs:
         kinds = collections.Counter(drop["reason"].split(":")[0] for drop in dropped)
+        first = (
+            next(iter(bad.values()))[0] if bad else "give other data, or longer --max-length and --max-prompt-length"
+        )
         raise BadInput(
             f"{', '.join(map(str, paths))}: no pair is left of {total} rows: "
             + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-            + "; give other data, or longer --max-length and --max-prompt-length"
+            + f"; {first}"
         )
     cut, apart = sum(pair.cut for pair in pairs), sum(pair.apart for pair in pairs)
-    return pairs, Counts(total, len(pairs), cut, apart, dropped, tuple(unused))
+    unused = found.keys() - fields_read(columns) - set(columns.values())
+    return pairs, Counts(total, len(pairs), cut, apart, dropped, tuple(field for field in found if field in unused))
 
 
 def refusal(bad: dict[str, list[str]], total: int) -> str:
-    """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW"]; total: rows read."""
+    """Bad rows in words, each reason once. bad: reason -> ["FILE:ROW: reason"], alike; total: rows read."""
     count, lines = sum(map(len, bad.values())), []
-    for reason, (first, *others) in list(bad.items())[:10]:
-        more = f" (and {len(others)} more {'row' if len(others) == 1 else 'rows'})" if others else ""
-        lines.append(f"{first}: {reason}{more}")
-    if count == 1:
-        return f"{lines[0]}; mend the row, or drop such rows with --skip-bad-rows"
+    for first, *others in list(bad.values())[:10]:
+        lines.append(first + (f" (and {len(others)} more of {total} rows)" if others else ""))
+    if len(bad) == 1:
+        return f"{lines[0]}; mend {'the row' if count == 1 else 'them'}, or drop such rows with --skip-bad-rows"
     more = [f"... and {len(bad) - 10} more reasons"] if len(bad) > 10 else []
     what = f"{count} of {total} rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
     return "\n".join([what, *lines, *more])

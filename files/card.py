@@ -21,9 +21,10 @@ CITATION = """@inproceedings{zhu2025tgdpo,
 FIGURES = "\n## Figures\n"
 
 
-def model_card(loss, model, data, source, command):
+def model_card(loss, model, data, source, command, settings=()):
     """The text of README.md. loss: what trained the model; model, data: the names of its base and of its pairs, of
-    which only Hub ids are told; source: the base's directory, whose licence goes along; command: as it was typed."""
+    which only Hub ids are told; source: the base's directory, whose licence goes along; command: as it was typed;
+    settings: what else changed the method, in words."""
     base = None if os.path.isdir(model) else MODEL_ID.fullmatch(model)
     base = base and base[1]
     datasets = [match[1] for name in data if not os.path.exists(name) and (match := DATA_ID.fullmatch(name))]
@@ -36,13 +37,14 @@ def model_card(loss, model, data, source, command):
         **licence(source),
     )
     name = LOSSES.get(loss, loss)
+    how = f" with {', '.join(settings)}" if settings else ""
     return f"""---
 {metadata.to_yaml()}
 ---
 
 # A model trained with {name}
 
-{base or "A local model"} after {name} on {" and ".join(datasets) or "local data"}, by an implementation of
+{base or "A local model"} after {name}{how} on {" and ".join(datasets) or "local data"}, by an implementation of
 [TGDPO](https://arxiv.org/abs/2506.14574).
 
 ## Command

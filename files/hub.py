@@ -11,12 +11,14 @@ import glob
 import os
 import re
 import sys
+from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
 from files.errors import BadInput, brief, some
+from files.rows import read_object
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 # Folders hold copies in other formats, consolidated.safetensors is Mistral's second copy of the same weights.
@@ -36,6 +38,7 @@ def model_directory(name, weights=True):
     Raises BadInput: no such directory or model, no permission, no network.
     """
     if os.path.isdir(name):
+        refuse_adapters(name, os.path.abspath(name))
         return os.path.abspath(name)
     if os.path.exists(name):
         raise BadInput(f"{name}: is a file; give the directory of a model in Hugging Face layout")
@@ -50,9 +53,34 @@ def model_directory(name, weights=True):
             allow_patterns=MODEL_FILES if weights else MODEL_FILES[1:],
             ignore_patterns=MODEL_SKIPPED,
         )
-    if weights and not any(file.endswith(".safetensors") for file in os.listdir(directory)):
+        refuse_adapters(name, directory)
+        paths = os.listdir(directory) if weights else listed(repo, "model", directory)
+    if paths is not None and not any(
+        filter_repo_objects(paths, allow_patterns=MODEL_FILES[:1], ignore_patterns=MODEL_SKIPPED)
+    ):
         raise BadInput(f"{name}: the Hub model has no .safetensors weights; only those are read, never pickles")
     return directory
+
+
+def refuse_adapters(name, directory):
+    """Raises BadInput where a directory holds adapters in PEFT's layout, which are no model of their own."""
+    path, merged = os.path.join(directory, "adapter_config.json"), os.path.join(os.path.dirname(directory), "policy")
+    if os.path.exists(path) and not os.path.exists(os.path.join(directory, "config.json")):
+        base = brief(read_object(Path(path)).get("base_model_name_or_path"))
+        mend = (
+            f"give {merged}, which has them merged" if os.path.isdir(merged) else f"merge them into their base, {base}"
+        )
+        raise BadInput(f"{name}: holds adapters, not a model; {mend}")
+
+
+def listed(repo, kind, folder):
+    """The paths of a repository's files at the commit of its snapshot `folder`; None without network."""
+    try:
+        return huggingface_hub.HfApi().list_repo_files(repo, repo_type=kind, revision=os.path.basename(folder))
+    except errors.HfHubHTTPError:
+        raise
+    except Exception:  # its class depends on the HTTP library behind huggingface_hub
+        return None
 
 
 def data_files(name):
@@ -84,12 +112,8 @@ def data_files(name):
         folder = huggingface_hub.snapshot_download(
             repo, repo_type="dataset", revision=revision, allow_patterns=["README.md", ".gitattributes"]
         )
-        commit = os.path.basename(folder)
-        try:
-            paths = huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=commit)
-        except errors.HfHubHTTPError:
-            raise
-        except Exception:  # no network: its class depends on the HTTP library behind huggingface_hub
+        commit, paths = os.path.basename(folder), listed(repo, "dataset", folder)
+        if paths is None:
             found = (os.path.join(within, file) for within, _, files in os.walk(folder) for file in files)
             paths = [os.path.relpath(path, folder) for path in found]
         configs = card_configs(name, os.path.join(folder, "README.md")) if "README.md" in paths else {}

@@ -90,7 +90,7 @@ def weight_of(row):
 def history_of(row):
     """LLaMA-Factory's `history`, a list of [user, assistant] pairs, as messages."""
     messages = []
-    turns = [] if row.get("history") in (None, "") else row["history"]
+    turns = [] if row.get("history") in EMPTY else row["history"]
     if not isinstance(turns, list):
         kind = type(turns).__name__
         raise BadRow(f"wrong type: `history` must be a list of [user, assistant] pairs, and is a {kind}; {has(row)}")

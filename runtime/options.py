@@ -48,6 +48,8 @@ GROUPS = {
 }
 # These belong to one start of the program, not to the run it repeats: config.toml leaves them out.
 NOT_SAVED = ("out", "resume", "overwrite", "dry_run")
+# Of each pair one may be given; a flag's wins over a file's.
+RIVALS = {"eval_data": "eval_fraction", "eval_fraction": "eval_data", "resume": "overwrite", "overwrite": "resume"}
 # What each takes from the other options where it is not given. config.toml leaves it out then, so that it still does.
 FOLLOWS = {
     "guide_beta": lambda chosen: chosen["beta"],
@@ -306,8 +308,8 @@ def resolve(argv):
     chosen = {}
     if "model" not in given and "model" not in settings:
         with contextlib.suppress(FileNotFoundError):
-            chosen |= _carry(read_toml(TINY / "recipe.toml"), loss)
-    chosen |= _carry(settings, loss) | given
+            chosen |= _carry(read_toml(TINY / "recipe.toml"), loss, settings | given)
+    chosen |= _carry(settings, loss, given) | given
     _refuse_contradictions(chosen, loss, {name: _shown(config, most=1000) for name in settings.keys() - given.keys()})
 
     if "eval_data" not in chosen and "data" not in chosen and not chosen.get("eval_fraction"):
@@ -380,7 +382,7 @@ def read_toml(path, flag=""):
             )
         if name in settings:
             raise BadInput(f"{file}: {name} is given twice, with dashes and with underscores; keep one")
-        settings[name] = _checked(name, value, f"{file}: {name} = {_shown(value)}")
+        settings[name] = _checked(name, value, f"{file}: {name.strip('_')} = {_shown(value)}")
     return settings
 
 
@@ -556,16 +558,17 @@ def _refuse_contradictions(chosen, loss, files):
         )
 
 
-def _carry(settings, loss):
-    """What of a file's settings still means the same where a flag or another file sets another loss."""
-    own = settings.get("loss", DEFAULTS["loss"])
-    if own == loss:
-        return settings
-    dropped = ignored(loss)
+def _carry(settings, loss, over):
+    """What of a file's settings still holds where flags or another file, `over`, set another loss or contradict it."""
+    own, dropped = settings.get("loss", DEFAULTS["loss"]), [name for name, rival in RIVALS.items() if over.get(rival)]
+    if over.get("max_length", LARGEST) <= settings.get("max_prompt_length", 0):
+        dropped.append("max_prompt_length")
+    if own != loss:
+        dropped += ignored(loss)
     if LOSSES[own].beta != LOSSES[loss].beta:
         dropped.append("beta")  # which is on another scale
     kept = {name: value for name, value in settings.items() if name not in dropped}
-    if "with_" in kept and "guide" not in LOSSES[loss].tensors:
+    if "with_" in kept and own != loss and "guide" not in LOSSES[loss].tensors:
         kept["with_"] = tuple(w for w in kept["with_"] if not parts.PARTS[w.partition("=")[0]].tgdpo_only)
     return kept
 
@@ -600,7 +603,7 @@ def _columns_checked(value, where):
 
 
 def _nearest(word, known):
-    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.0)[0].strip("_")  # with_ is with
 
 
 def _shown(value, most=80):

@@ -52,7 +52,7 @@ def check(out):
 def withdraw(out):
     """Rank 0 removes what the start of a run left in the directory it claimed, unless there are results."""
     before = _claimed.get(out, "used")  # rank 0 alone knows
-    if before == "used" or set(results_in(out)) - set(RECORD):
+    if before == "used" or set(results_in(out)) - {*RECORD, "wandb"}:
         return
     with contextlib.suppress(OSError):
         for name in RECORD:
@@ -134,8 +134,10 @@ def _identified(out):
 
 
 def results_in(out):
-    """The names of an earlier run's results in `out`, in the order of RESULTS."""
-    return [name for name in RESULTS if stands(os.path.join(out, name))]
+    """The names of an earlier run's results in `out`, in the order of RESULTS. Alone, wandb/ is none: it holds logs of
+    a start that failed."""
+    found = [name for name in RESULTS if stands(os.path.join(out, name))]
+    return found if found != ["wandb"] else []
 
 
 def _numbered(path, existing):

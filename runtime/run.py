@@ -73,7 +73,7 @@ def begin(options, ranks, out, inputs, read_config, fingerprint):
     plan, mesh = lay_out(options, ranks, config, dtype, max(pair.packed for pair in pairs + eval_pairs))
     contexts = {name: read_config(name).max_position_embeddings for name in (source, guide) if name}
     beside = on_rank_0(lambda: as_used(inputs.source, inputs.tokenizer))
-    ahead = [] if options.dry_run else preview.stages(options, len(pairs))
+    ahead = [] if options.dry_run or options.resume else preview.stages(options, len(pairs))
     for line in ahead + preview.warnings(options, contexts, pairs, eval_pairs) + memory.warnings(plan, ranks.here):
         say(line, ranks.rank)
     if options.dry_run:
@@ -122,6 +122,16 @@ def lay_out(options, ranks, config, dtype, longest):
     return plan, dist.init_device_mesh(kind, (ranks.world,), mesh_dim_names=("shards",))
 
 
+def told(options, loss):
+    """What a model's card says of the options by which `loss` trained it: a guide is plain DPO, without parts."""
+    last = loss == options.loss
+    parts = [name if number is None else f"{name}={number:g}" for name, number in read(options.with_).items() if last]
+    settings = [f"the parts {' '.join(parts)}"] if parts else []
+    settings += ["centred guidance"] if last and options.centre_guidance else []
+    rank, alpha = options.lora_rank, options.lora_alpha
+    return settings + ([f"merged adapters (LoRA) of rank {rank} and alpha {alpha:g}"] if rank else [])
+
+
 def export(run, net, directory, source, loss):
     """Write a model that `loss` trained in Hugging Face layout, gathered and written tensor by tensor."""
     shapes, adapters = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}, lora.names(net)
@@ -133,7 +143,7 @@ def export(run, net, directory, source, loss):
         outdir.check(run.out)
         disk.need_space(run.out, width * sum(np.prod(shape) for shape in shapes.values()), directory)
         (config, texts), command = run.beside, shlex.join(["python", *sys.argv])
-        card = model_card(loss, run.options.model, run.options.data, source, command)
+        card = model_card(loss, run.options.model, run.options.data, source, command, told(run.options, loss))
         copies = tokenizer_files(source)
         save_model(directory, config, shapes, stream, run.dtype, copies, texts | {"README.md": card})
 

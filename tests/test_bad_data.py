@@ -186,14 +186,19 @@ def test_one_bad_row_is_one_line(tmp_path, tokenizer):
 
 def test_each_reason_is_listed_once(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", *(row() if i % 3 else row(chosen=None) for i in range(39)))
-    lines = refusal(path, tokenizer).split("\n")
-    assert lines[0] == "13 of 39 rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
-    assert lines[1:] == [f"{path}:1: missing field: `chosen`; the row has: prompt, chosen, rejected (and 12 more rows)"]
+    assert refusal(path, tokenizer) == (
+        f"{path}:1: missing field: `chosen`; the row has: prompt, chosen, rejected (and 12 more of 39 rows); "
+        "mend them, or drop such rows with --skip-bad-rows"
+    )
     many = write_rows(tmp_path / "c.jsonl", *(row(**{f"x{i}": 1, "chosen": None}) for i in range(13)), row())
     lines = refusal(many, tokenizer).split("\n")
     assert len(lines) == 12 and lines[11] == "... and 3 more reasons"
+    alike = write_rows(tmp_path / "d.jsonl", "{", "{}x", "{} x", row(weight="a"), row(weight=0), row(weight=2))
+    lines = refusal(alike, tokenizer, columns={"weight": "weight"}).split("\n")
+    assert len(lines) == 4 and "column 3 (and 1 more of 6 rows)" in lines[2] and "is 'a' (and 1 more" in lines[3]
     two = write_rows(tmp_path / "b.jsonl", "{", row(), "}")
     lines = refusal(two, tokenizer).split("\n")
+    assert lines[0] == "2 of 3 rows cannot be used; mend them, or drop such rows with --skip-bad-rows"
     assert [line.split(": ")[0] for line in lines[1:]] == [f"{two}:1", f"{two}:3"]
 
 

@@ -224,10 +224,18 @@ def test_policy_and_guide_have_cards_with_the_final_figures(trained, tmp_path, m
     (source / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n# A model\n")
     typed = ["train.py", "--model", "a directory/*", "--loss", "tgdpo"]
     monkeypatch.setattr("sys.argv", typed)
-    out = trained("--model", source, loss="tgdpo")
+    more, merged = (
+        ("--centre-guidance", "--lora-rank", 2),
+        "merged adapters (LoRA) of rank 2 and alpha 32 on local data",
+    )
+    out = trained("--model", source, "--with", "ld=0", "ipo", "length", *more, loss="tgdpo")
     table = read(out / "run.json")["table"]
-    for name, loss in (("policy", "tgdpo"), ("guide", "dpo")):
+    for name, loss, how in (
+        ("policy", "tgdpo", f"TGDPO with the parts ld=0 ipo length=0.01, centred guidance, {merged}, by"),
+        ("guide", "dpo", f"A local model after DPO with {merged}, by"),
+    ):
         card = ModelCard.load(out / name / "README.md")
+        assert how in card.text
         assert card.data.to_dict() == {
             "library_name": "transformers",
             "pipeline_tag": "text-generation",

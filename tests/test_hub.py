@@ -184,6 +184,15 @@ def test_a_dry_run_fetches_no_weights(server, tmp_path, capfd):
     told = capfd.readouterr().out
     assert "org/tiny: its weights are not fetched" in told and "memory of a rank" in told and "steps of" in told
     assert server.fetched() == {*files, "README.md"}
+    for name in ("pickled", "adapters"):
+        server.repos["models", f"org/{name}"] = {
+            "main": files | {"pytorch_model.bin": b"pickle", "a/model.safetensors": b""}
+        }
+    adapters = server.repos["models", "org/adapters"]["main"]
+    adapters["adapter_config.json"] = adapters.pop("config.json")
+    for name, words in (("pickled", "has no .safetensors weights; only"), ("adapters", "holds adapters, not a model")):
+        assert train.main([*look, f"org/{name}"]) == 2
+        assert f"org/{name}: " in (said := capfd.readouterr().err) and words in said and said.count("\n") == 1
     bare = tmp_path / "bare"
     bare.mkdir()
     for name, content in files.items():
@@ -376,11 +385,17 @@ def test_a_cache_that_cannot_be_written(server, monkeypatch):
 def test_without_network_the_cache_serves(server, monkeypatch):
     server.repos["models", "org/tiny"] = {"main": MODEL}
     server.repos["datasets", "org/pairs"] = {"main": SHARDS}
-    model, data = hub.model_directory("org/tiny"), hub.data_files("org/pairs")
+    server.repos["models", "org/look"] = server.repos["models", "org/tiny"]
+    model, data, look = (
+        hub.model_directory("org/tiny"),
+        hub.data_files("org/pairs"),
+        hub.model_directory("org/look", weights=False),
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     forget_session()
     assert hub.model_directory("org/tiny") == model
     assert hub.data_files("org/pairs") == data
+    assert hub.model_directory("org/look", weights=False) == look
     for call, name in ((hub.model_directory, "org/other"), (hub.data_files, "org/other")):
         with pytest.raises(BadInput, match="the Hub cannot be reached .* HF_HUB_OFFLINE, or give"):
             call(name)

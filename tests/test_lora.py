@@ -4,6 +4,7 @@ weights are W + scale · B A, and peft; what a checkpoint holds, what is refused
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import launcher
@@ -204,6 +205,20 @@ def test_the_policy_is_merged_and_the_adapter_lies_beside_it(world):
     assert config["base_model_name_or_path"] == str(world / "start") and config["revision"] is None
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (RANK, ALPHA, "LORA")
     assert [path.name for path in sorted((world / "out").glob("*.tmp"))] == []
+
+
+def test_adapters_are_no_model(world, tmp_path, capfd):
+    """policy/ beside them is named, or else their base."""
+    out = tmp_path / "out"
+    shutil.copytree(world / "out/adapter", tmp_path / "alone")
+    for directory, mend in (
+        (world / "out/adapter", f"give {world}/out/policy, which has them merged"),
+        (tmp_path / "alone", f"merge them into their base, {world}/start"),
+    ):
+        for more in (["--model", directory], ["--model", world / "start", "--guide", directory, "--dry-run"]):
+            given = [*more, "--data", world / "pairs.jsonl", "--out", out]
+            assert train.main(list(map(str, given))) == 2
+            assert capfd.readouterr().err == f"train.py: error: {directory}: holds adapters, not a model; {mend}\n"
 
 
 def test_peft_loads_the_adapter_onto_the_base(world):

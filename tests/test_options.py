@@ -155,6 +155,8 @@ def test_bad_flags_get_one_line(flags, message):
     [
         ("bta = 1", "my.toml: unknown key bta; the nearest is beta"),
         ("[train]\nbeta = 1", "unknown key train"),
+        ("wth = 'ld'", "unknown key wth; the nearest is with$"),
+        ("with = 'dlp'", "my.toml: with = dlp: there is no part 'dlp'"),
         ("beta = 'high'", "my.toml: beta = high: must be a number"),
         ("beta = true", "beta = true: must be a number"),
         ("beta = nan", "beta = nan: must be a finite number"),
@@ -358,7 +360,8 @@ def test_a_contradiction_of_a_file_is_told_by_its_key(tmp_path):
             "",
             f"{file}: max_prompt_length = 9: must be less than {file}: max_le",
         ),
-        ('eval_data = "x"', "--eval-fraction 0.2", f"{file}: eval_data and --eval-fraction: the fraction is for"),
+        ('eval_data = "x"\neval_fraction = 0.2', "", f"{file}: eval_data and {file}: eval_fraction: the fraction is"),
+        ("max_length = 9", "--max-prompt-length 9", f"--max-prompt-length 9: must be less than {file}: max_length"),
         ('loss = "dpo"\nwith = "clip"', "", f"{file}: with: clip: --loss dpo has no guide for it"),
     ):
         file.write_text(text)
@@ -367,6 +370,20 @@ def test_a_contradiction_of_a_file_is_told_by_its_key(tmp_path):
         assert str(caught.value).startswith(words)
     with pytest.raises(BadInput, match="--config is given 2 times; give one file, and flags for what differs"):
         options.resolve(["--config", str(file), "--config", "b.toml"])
+
+
+def test_a_flag_sets_aside_what_of_a_file_contradicts_it(config):
+    (options.TINY / "recipe.toml").write_text("eval_fraction = 0.3\nmax_length = 256\n")
+    resolved = lambda text, *flags: resolve([*config(text), *flags])
+    got = resolved('eval_data = "a/b"\nmax_prompt_length = 200', "--eval-fraction", "0.2", "--max-length", "64")
+    assert (got.eval_data, got.eval_fraction, got.max_prompt_length) == ((), 0.2, 56)
+    got = resolved(
+        'model = "a/b"\neval_fraction = 0.2\nmax_prompt_length = 50', "--eval-data", "a/b", "--max-length", "64"
+    )
+    assert (got.eval_data, got.eval_fraction, got.max_prompt_length) == (("a/b",), 0, 50)
+    assert resolved('eval_data = "a/b"').eval_fraction == 0 and resolved("seed = 1").eval_fraction == 0.3
+    assert resolved('eval_data = "a/b"', "--eval-fraction", "0").eval_data == ("a/b",)
+    assert not resolved("overwrite = true", "--resume").overwrite
 
 
 def test_help_needs_no_torch_and_bad_options_end_early():

@@ -244,6 +244,8 @@ def test_history_stands_before_the_prompt_and_behind_the_system(tmp_path, tokeni
     assert pairs[0].prompt.tolist() == pairs[1].prompt.tolist()
     own = row([SYSTEM, said("user", "Go on")], history=[["Hi", "Yes?"]])
     assert load(tokenizer, tmp_path / "own.jsonl", own)[0][0].prompt.tolist() == pairs[1].prompt.tolist()
+    none = [load(tokenizer, tmp_path / "n.jsonl", row(history=empty))[0][0] for empty in ("[]", [], None, "")]
+    assert len({pair.prompt.tobytes() for pair in none}) == 1 and len(none[0].prompt) < len(pairs[0].prompt)
     with pytest.raises(BadInput, match="`history` must be a list of"):
         load(tokenizer, tmp_path / "b.jsonl", row(history="Hi"))
     with pytest.raises(BadInput, match=r"`history\[1\]` must be a pair"):
@@ -264,8 +266,49 @@ def test_transcripts_of_hh_rlhf(tmp_path, tokenizer):
     pairs, _ = load(tokenizer, tmp_path / "a.jsonl", given, row(EARLIER))
     for ours, theirs in zip(pairs[0][:3], pairs[1][:3]):
         assert ours.tolist() == theirs.tolist()
-    with pytest.raises(BadInput, match="roles out of order"):
-        load(tokenizer, tmp_path / "b.jsonl", {"chosen": "\n\nHuman: a" + start + "x", "rejected": start + "y"})
+
+
+H, A = "\n\nHuman:", "\n\nAssistant:"
+TALK = f"{H} Hi{A} Yes?{H} Go on{A}"
+TRANSCRIPTS = (  # chosen, rejected; what the row is dropped for, or the chosen reply where it is kept
+    (f"{TALK} a\n\nb \n\n\nc\n", f"{TALK} x", "a\n\nb \n\n\nc"),
+    (f"{H} Hi\n\nyou{A} a", f"{H} Hi\n\nyou\n{A} x", "a"),
+    (f"{H}Hi{A}a", f"{H} Hi{A} x", "a"),
+    (f"{H}{A} a", f"{H}{A} x", "a"),
+    (f"{H} Hi{A}{H} Go on{A} a", f"{H} Hi{A} {H} Go on{A} x", "a"),
+    (f"{TALK} Human: a\nHuman: b\nAssistant: c", f"{TALK} x", "Human: a\nHuman: b\nAssistant: c"),
+    (f"{TALK} a\n\nHumans: b\n\n Human: c", f"{TALK} x", "a\n\nHumans: b\n\n Human: c"),
+    (f"{TALK} a{H} b{A} c", f"{TALK} a{H} b{A} x", "c"),
+    (f"{TALK} a{H} b{A} c", f"{TALK} x", "different prompts"),
+    (f"{H} Hi{A} a{H} b{A} c", f"{H} Hi{A} x{H} b{A} c", "different prompts"),
+    (f"{H} Hi{A} a{H} b{A} c", f"{H} Hi{A} a{H} y{A} z", "different prompts"),
+    (f"{H} Hi{A} a", f"{H} Ho{A} x", "different prompts"),
+    (f"{H} Hi{A} a", TALK + " x", "different prompts"),
+    (TALK, f"{TALK} x", "empty response"),
+    (f"{TALK} a", f"{TALK} \n\n ", "empty response"),
+    (TALK, TALK, "empty response"),
+    (f"{TALK} a", f"{TALK} a", "equal responses"),
+    (f"{TALK} a ", f"{TALK}\n\na", "equal responses"),
+    (f"{TALK} a{H} bye", f"{TALK} a{H} bye", "no response"),
+    (f"{TALK} a", f"{TALK} x{H} bye", "no response"),
+    (f"{TALK} a{H}", f"{TALK} x", "no response"),
+    (f"{H} Hi", f"{H} Hi", "no response"),
+    (f"{H} Hi{H} you{A} a", f"{H} Hi{H} you{A} x", "roles out of order"),
+    (f"{TALK} a{A} b", f"{TALK} a{A} x", "roles out of order"),
+    (f"{TALK}{A} b", f"{TALK}{A} x", "roles out of order"),
+    (f"{A} Hi{H} Go on{A} a", f"{A} Hi{H} Go on{A} x", "missing field"),
+    (f"Human: Hi{A} a", f"Human: Hi{A} x", "missing field"),
+    (f"{TALK} a", "x", "missing field"),
+    (f"{TALK} <|eot_id|>", f"{TALK} x", "control token in the text"),
+)
+
+
+def test_hard_transcripts(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", *({"chosen": row[0], "rejected": row[1]} for row in TRANSCRIPTS))
+    pairs, counts = data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=True)
+    found = {drop["row"]: drop["reason"].split(":")[0] for drop in counts.dropped}
+    found |= {int(pair.source.rpartition(":")[2]): tokenizer.decode(pair.chosen[:-1]) for pair in pairs}
+    assert [found[number] for number in range(1, len(TRANSCRIPTS) + 1)] == [row[2] for row in TRANSCRIPTS]
 
 
 def test_columns_rename_and_weigh(tmp_path, tokenizer):
@@ -281,15 +324,22 @@ def test_columns_rename_and_weigh(tmp_path, tokenizer):
         bad = write_rows(tmp_path / "c.jsonl", json.dumps(given | {"w": weight}).replace("Infinity", "1e999"))
         with pytest.raises(BadInput, match="no weight|missing field: `w`"):
             data.load_pairs([bad], tokenizer, 1000, 900, columns=columns)
+    for name in ("prompt", "system", "history", "weight"):  # a name that no row has is not the row's fault
+        with pytest.raises(
+            BadInput, match=f"a.jsonl: --columns {name}=no: in none of 1 rows; the row has: question, j"
+        ):
+            data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=True, columns=columns | {name: "no"})
     (alone,), counts = load(tokenizer, tmp_path / "d.jsonl", row(weight=7))
     assert alone.weight == 1 and counts.unused == ("weight",)
 
 
 def test_a_refusal_tells_the_columns_and_those_that_would_do(tmp_path, tokenizer):
-    with pytest.raises(BadInput) as error:
-        load(tokenizer, tmp_path / "a.jsonl", {"question": "a", "response_j": "b", "response_k": "c"})
-    assert "the row has: question, response_j, response_k; try --columns" in str(error.value)
-    assert "prompt=question chosen=response_j rejected=response_k" in str(error.value)
+    for skipped in (False, True):
+        with pytest.raises(BadInput) as error:
+            path = write_rows(tmp_path / "a.jsonl", {"question": "a", "response_j": "b", "response_k": "c"})
+            data.load_pairs([path], tokenizer, 1000, 900, skip_bad_rows=skipped)
+        assert "the row has: question, response_j, response_k; try --columns" in str(error.value)
+        assert "prompt=question chosen=response_j rejected=response_k" in str(error.value)
 
 
 def test_gz_folders_globs_and_limit(tmp_path, tokenizer):

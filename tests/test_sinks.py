@@ -161,7 +161,8 @@ def test_a_package_that_is_absent_is_one_line(name, world, tmp_path, monkeypatch
 
 
 def test_a_sink_that_does_not_begin_costs_no_earlier_result(world, tmp_path, monkeypatch, capfd):
-    """wandb without a login, say: --overwrite removes nothing before; where it begins, all but its own folder."""
+    """wandb without a login, say: --overwrite removes nothing before; where it begins, all but its own folder. What it
+    left of a new directory is taken for no result."""
     given = arguments(world, tmp_path / "out", "--loss", "dpo", "--max-steps", 1)
     assert train.main(given) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -169,7 +170,7 @@ def test_a_sink_that_does_not_begin_costs_no_earlier_result(world, tmp_path, mon
 
     class Begun:
         def __init__(self, out, settings):
-            os.mkdir(f"{out}/wandb")
+            os.makedirs(f"{out}/wandb", exist_ok=True)
 
         def write(self, row):
             pass
@@ -177,6 +178,7 @@ def test_a_sink_that_does_not_begin_costs_no_earlier_result(world, tmp_path, mon
         close = dict
 
     def refused(out, settings):
+        os.makedirs(f"{out}/wandb", exist_ok=True)
         raise RuntimeError("no login")
 
     monkeypatch.setattr(sinks, "check", lambda names: None)
@@ -185,7 +187,11 @@ def test_a_sink_that_does_not_begin_costs_no_earlier_result(world, tmp_path, mon
         assert train.main([*given, "--overwrite", "--log-to", "wandb"]) == status
         assert status == 0 or all(path.read_bytes() == content for path, content in before.items())
     assert (tmp_path / "out/wandb").is_dir()
-    assert "--log-to wandb: no login; mend that, or leave it out" in capfd.readouterr().err
+    new = [str(tmp_path / "new") if word == str(tmp_path / "out") else word for word in given]
+    for kind, status in ((refused, 2), (refused, 2), (Begun, 0)):
+        monkeypatch.setitem(sinks.KINDS, "wandb", kind)
+        assert train.main([*new, "--log-to", "wandb"]) == status
+    assert capfd.readouterr().err.count("--log-to wandb: no login; mend that, or leave it out") == 3
 
 
 def test_a_name_of_no_sink_is_refused(capfd):

@@ -203,6 +203,12 @@ def test_the_first_screen_says_what_will_happen_and_the_true_reward(tmp_path, ca
     first, second = "stage 1 of 2: training the guide with DPO, 2 steps\n", "training the policy with TGDPO, 2 steps\n"
     assert told.startswith(first + "stage 2 of 2: " + second) and told.count(first) == told.count(second) == 2
 
+    readme = (TINY.parent.parent / "README.md").read_text(encoding="utf-8")
+    plain = lambda text: re.sub(r"-?\d[\d.e+]*| ", "", text)  # without numbers and spaces
+    place, whole = 0, plain(told.replace(str(tmp_path / "out"), "runs/tgdpo"))
+    for line in plain(readme.split("```\nstage 1")[1].split("  prompt")[0]).splitlines():  # what the README shows
+        place = whole.index(line.rstrip("…"), place) + 1
+
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in metrics if row.get("eval")):  # as they come, with plain DPO's margin and accuracy
         figures = f"margin {row['dpo_margin']:.4f}  accuracy {row['dpo_accuracy']:.1%}"
