@@ -1,6 +1,6 @@
 """How cost grows: with tokens, sequence length, vocabulary and ranks. CPU time, one thread a rank, gloo.
 
-    python benchmarks/scale.py              about five minutes
+    python benchmarks/scale.py              about eight minutes
     python benchmarks/scale.py --small      a few seconds on a tiny model, to see that it runs
 
 A step is a whole optimiser step of train.py with float32 weights. Times are CPU time, the least of the repeats, so

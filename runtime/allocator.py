@@ -1,7 +1,5 @@
 """How a process asks the system for memory; set before torch is imported. TGDPO_ALLOCATOR=0 leaves all as it is."""
 
-import contextlib
-import ctypes
 import os
 import sys
 
@@ -18,7 +16,11 @@ def prepare():
     if not any(name in os.environ for name in CHOICES):
         os.environ[CHOICES[0]] = "expandable_segments:True"
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # no mallopt: another C library
+        import ctypes  # which takes milliseconds: not before signals have their handlers
+
+        try:
             libc = ctypes.CDLL(None)
             libc.mallopt(MMAP_MAX, 0)
             libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        except (AttributeError, OSError):
+            pass  # no mallopt: another C library
