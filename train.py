@@ -18,11 +18,13 @@ import sys
 if __name__ == "__main__" and (here := os.path.dirname(os.path.abspath(__file__))) not in sys.path:
     sys.path.insert(0, here)  # which python -P and -I leave out
 
-from runtime import allocator, supported  # neither of which takes long to import
+from runtime import supported
 
 if __name__ == "__main__":
     supported.end_at_once_when_told()  # first of all
     supported.check()  # before anything is imported that another system lacks
+    from runtime import allocator
+
     allocator.prepare()  # before torch takes memory
 
 from runtime import options as option_table
