@@ -472,7 +472,7 @@ def ablate(options, directory, pairs, compiled):
     chunks = (16, 64) if options.small else (256, 1024, 2048, 4096, 8192)
     with ours.a_run(directory, pairs, options.device, compile=compiled) as run:
         net, optimiser = ours.policy(run, directory)
-        zeros = [torch.zeros(len(pair.chosen) + len(pair.rejected)) for pair in pairs]
+        zeros = [torch.zeros(pair.scored) for pair in pairs]
         stage = trainer.Stage("tgdpo", pairs, [], zeros, zeros)
 
         def attempt(name, predicted, plan=run.plan, **patched):

@@ -67,7 +67,7 @@ def step_seconds(directory, batches, repeats, **settings):
         least = [float("inf")] * len(batches)
         for _ in range(repeats + 1):
             for place, pairs in enumerate(batches):
-                zeros = [torch.zeros(len(pair.chosen) + len(pair.rejected)) for pair in pairs]
+                zeros = [torch.zeros(pair.scored) for pair in pairs]
                 stage = trainer.Stage("tgdpo", pairs, [], zeros, zeros)
                 began = time.process_time()
                 trainer.optimiser_step(run, net, optimiser, stage, range(len(pairs)))
@@ -193,7 +193,7 @@ def one_rank(rank, world, port, policy, pairs, alone, options, answers):
     with ours.a_run(policy, pairs, micro_tokens=2 * options.tokens) as run:
         run = run._replace(plan=run.plan._replace(alone=alone))
         net, optimiser = ours.policy(run, policy)
-        zeros = [torch.zeros(len(pair.chosen) + len(pair.rejected)) for pair in pairs]
+        zeros = [torch.zeros(pair.scored) for pair in pairs]
         stage, taken = trainer.Stage("tgdpo", pairs, [], zeros, zeros), []
         for _ in range(options.repeats + 1):
             cpu, wall = time.process_time(), time.perf_counter()

@@ -38,7 +38,7 @@ def foresee_space(out, options, config, width, pairs, eval_pairs):
     passes = sum(name in LOSSES[options.loss].tensors for name in ("ref", "guide"))  # each leaves its log-probs
     passes += bool(options.centre_guidance)  # or divergences
     need = (3 * saves + bool(options.lora_rank)) * 4 * trained + width * models * parameters
-    need += 4 * passes * sum(len(pair.chosen) + len(pair.rejected) for pair in pairs + eval_pairs)
+    need += 4 * passes * sum(pair.scored for pair in pairs + eval_pairs)
     files = [os.path.join(place, name) for place, _, names in os.walk(out) for name in names]
     there = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     if (free := shutil.disk_usage(out).free) + there < need:

@@ -286,7 +286,7 @@ def per_pair(pairs, find):
     """find(pack) -> [R], cut into one tensor [C + R] a pair, chosen then rejected."""
     found = []
     for some in (pairs[k : k + 64] for k in range(0, len(pairs), 64)):
-        found += find(data.collate(some)).split([len(p.chosen) + len(p.rejected) for p in some])
+        found += find(data.collate(some)).split([p.scored for p in some])
     return found
 
 
